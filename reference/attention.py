@@ -1,0 +1,152 @@
+"""Meaning of ``attention``: softmax in float64 from the rounded inputs, and the elementwise budget.
+
+Layout BHSD: q [b, hq, sq, d], k and v [b, hk, sk, d]. Query head h reads key head h // (hq / hk).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbench.reference.budget import LAMBDA, UNDERFLOW, UNIT_ROUNDOFF, sum_factor
+from vbench.reference.sampling import generator, sample_rows, torch_dtype
+from vbench.spec import Case, Expected, Numerics
+
+
+def visible(causal: str, rows: Tensor, sq: int, sk: int) -> Tensor:
+    """bool [len(rows), sk]: may query ``rows[i]`` attend to key j."""
+    keys = torch.arange(sk, device=rows.device)
+    if causal == "none":
+        return torch.ones(len(rows), sk, dtype=torch.bool, device=rows.device)
+    shift = 0 if causal == "top_left" else sk - sq
+    return keys[None, :] <= rows[:, None] + shift
+
+
+def attention_inputs(case: Case, device: str) -> dict[str, Any]:
+    """``q``, ``k``, ``v``.
+
+    normal, uniform; grid: small multiples of 1/4; constant_v: each head's V is one value; large_logits: q scaled so
+    that logits reach about +-1e3; equal_keys: all keys of a head alike, so that the weights are uniform.
+    """
+    b, hq, hk, sq, sk, d = (case.axis(name) for name in ("b", "hq", "hk", "sq", "sk", "d"))
+    dist, dtype = case.text("dist"), torch_dtype(case.text("dtype"))
+    gen = generator(case, "qkv")
+
+    def draw(heads: int, length: int) -> Tensor:
+        shape = (b, heads, length, d)
+        if dist == "uniform":
+            return torch.rand(shape, generator=gen) * 2 - 1
+        if dist == "grid":
+            return torch.randint(-4, 5, shape, generator=gen).to(torch.float32) / 4
+        return torch.randn(shape, generator=gen)
+
+    q, k, v = draw(hq, sq), draw(hk, sk), draw(hk, sk)
+    if dist == "large_logits":
+        q = q * 256
+    elif dist == "constant_v":
+        v = v[:, :, :1, :1].expand(b, hk, sk, d).clone()
+    elif dist == "equal_keys":
+        k = k[:, :, :1].expand(b, hk, sk, d).clone()
+    return {name: t.to(dtype).to(device) for name, t in (("q", q), ("k", k), ("v", v))}
+
+
+def attention_oracle(
+    case: Case, inputs: dict[str, Any], numerics: Numerics, max_rows: int | None
+) -> dict[str, Expected]:
+    """out and lse in float64 with budgets.
+
+    With z = scaled scores, m their row maximum, P the weights and A = P |V|:
+      delta = scale sum_factor(d) |q||k| + 2 u32 (|z - m| + |m|)     error of a score as the exponent sees it
+      e     = 2 max delta + 2^-22                                    relative error of a weight (ex2.approx: 2^-22)
+      out   : (u_P + e + LAMBDA sqrt(sk) u_acc) A + e |out| + u_out |out|
+      lse   : max delta + 2^-22 + LAMBDA sqrt(sk) u32 + 4 u32 (1 + |lse|)
+    u_P is the rounding of P before P V; it does not cancel, since the normaliser sums unrounded weights. fp16 P adds
+    its subnormal floor 2^-25 sum |V|, the normaliser being at least 1.
+    """
+    b, hq, hk, sq, sk, d = (case.axis(name) for name in ("b", "hq", "hk", "sq", "sk", "d"))
+    causal, out_name = case.text("causal"), case.text("dtype")
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    device = q.device
+    picked = sample_rows(case, sq, max_rows)
+    rows = torch.arange(sq) if picked is None else picked
+    rows = rows.to(device)
+    mask = visible(causal, rows, sq, sk)
+    scale = d**-0.5
+    u32, u_p, u_out = UNIT_ROUNDOFF["fp32"], UNIT_ROUNDOFF[numerics.probabilities], UNIT_ROUNDOFF[out_name]
+    u_acc = UNIT_ROUNDOFF["fp32" if numerics.accumulate == "tf32" else numerics.accumulate]
+    u_p = 0.0 if numerics.probabilities == "fp32" else u_p
+    if numerics.accumulate == "tf32":
+        u_p += 2 * UNIT_ROUNDOFF["tf32"]
+    u_p += sum(UNIT_ROUNDOFF[name] for name in numerics.operand_roundings)
+    sum_error = min(LAMBDA * sk**0.5, float(sk)) * u_acc
+
+    shape = (b, hq, len(rows), d)
+    out = torch.zeros(shape, dtype=torch.float64, device=device)
+    out_budget = torch.zeros_like(out)
+    lse = torch.full(shape[:3], -torch.inf, dtype=torch.float64, device=device)
+    lse_budget = torch.zeros_like(lse)
+    alive = mask.any(dim=1)
+    for i in range(b):
+        for h in range(hq):
+            kv = h // (hq // hk)
+            q64, k64, v64 = q[i, h][rows].double(), k[i, kv].double(), v[i, kv].double()
+            z = (q64 @ k64.T) * scale
+            z = z.masked_fill(~mask, -torch.inf)
+            m = torch.where(alive, z.amax(dim=1), 0.0)
+            p = torch.exp(z - m[:, None])
+            total = p.sum(dim=1)
+            p = p / total.clamp(min=1e-300)[:, None]
+            delta = scale * sum_factor(d, numerics.accumulate) * (q64.abs() @ k64.abs().T)
+            delta = delta + 2 * u32 * ((z - m[:, None]).abs() + m.abs()[:, None])
+            # A weight below 2^-60 of the row's largest cannot move the output by one part in 2^50 of the budget's
+            # other terms, however wrong its exponent is relatively; leaving it out keeps far-off keys from widening e.
+            worst = torch.where(mask & (z - m[:, None] > -42.0), delta, 0.0).amax(dim=1)
+            e = 2 * worst + 2.0**-22
+            o = p @ v64
+            spread = p @ v64.abs()
+            out[i, h] = o
+            tail = mask.sum(dim=1).double() * 2.0**-60
+            largest_v = v64.abs().amax()
+            bound = (u_p + e + sum_error)[:, None] * spread + (e + u_out)[:, None] * o.abs()
+            bound = bound + (tail * largest_v)[:, None] + UNDERFLOW[out_name]
+            if numerics.probabilities == "fp16":
+                bound = bound + (mask.double() @ v64.abs()) * 2.0**-25 / total.clamp(min=1.0)[:, None]
+            out_budget[i, h] = torch.where(alive[:, None], bound, 0.0)
+            lse[i, h] = torch.where(alive, m + torch.log(total.clamp(min=1e-300)), -torch.inf)
+            around = worst + 2.0**-22 + LAMBDA * sk**0.5 * u32 + 4 * u32 * (1 + lse[i, h].abs())
+            lse_budget[i, h] = torch.where(alive, around, 0.0)
+
+    def take(t: Tensor) -> Tensor:
+        return t if picked is None else t[:, :, rows.to(t.device)]
+
+    why_out = ""
+    if not bool(alive.any()):
+        why_out = "every row is masked, so zeros are right"
+    elif sk == 1:
+        why_out = "one key: the output is V"
+    elif case.text("dist") == "constant_v":
+        why_out = "constant V: any convex combination is right"
+    return {
+        "out": Expected(out, out_budget, torch_dtype(out_name), (b, hq, sq, d), take, why_out),
+        "lse": Expected(
+            lse, lse_budget, torch.float32, (b, hq, sq), take, "" if bool(alive.any()) else "every row is masked"
+        ),
+    }
+
+
+def attention_metrics(
+    case: Case, inputs: dict[str, Any], outputs: dict[str, Any], expected: dict[str, Expected]
+) -> dict[str, float]:
+    """Error of ``out`` against float64: largest absolute, largest and mean relative (over |oracle| > 0)."""
+    want = expected["out"]
+    got = outputs["out"].double() if want.take is None else want.take(outputs["out"]).double()
+    error = (got - want.value).abs()
+    nonzero = want.value != 0
+    metrics = {"max_abs_error": float(error.max())}
+    if bool(nonzero.any()):
+        relative = error[nonzero] / want.value[nonzero].abs()
+        metrics |= {"max_rel_error": float(relative.max()), "mean_rel_error": float(relative.mean())}
+        metrics["rel_frobenius"] = float(error.norm() / want.value.norm())
+    return metrics

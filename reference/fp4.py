@@ -1,0 +1,231 @@
+"""Meaning of the 4-bit formats: encode, pack, decode. Plain torch, any device, obvious before fast.
+
+Formats (elements sharing a scale in brackets)
+    absmax7_tensor [whole tensor], absmax7_row [row], absmax7_g128 [128 along k]: integers -7..7 times a float32 scale.
+        scale = max(absmax / 7, 2^-126) in IEEE float32 division; code = clamp(round-half-even(w / scale), -7, 7) + 8.
+        Code 0 is never written by the encoder and decodes to -8.
+    nvfp4 [16 along k]: E2M1 times an E4M3 block scale times one float32 global scale.
+        g = max(absmax(tensor) / 2688, 2^-126); s = E4M3(clamp(absmax(block) / 6 / g, 2^-6, 448));
+        code = E2M1(w / (s g)), nearest, ties to the even code, saturating at 6, sign of zero kept.
+        (torchao NVFP4Tensor.to_nvfp4 gives the same scales; OCP Microscaling v1.0 defines E2M1.)
+
+Element 0 of a pair sits in the low nibble. Weights are [n, k] with k contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbench.errors import Unsupported
+from vbench.reference.ops import FORMAT_GROUPS, packed_bytes
+from vbench.reference.sampling import generator, torch_dtype
+from vbench.spec import Case, Expected, Numerics
+
+E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_TABLE = E2M1_MAGNITUDES + tuple(-v for v in E2M1_MAGNITUDES)
+ABSMAX7_TABLE = tuple(float(code - 8) for code in range(16))
+E4M3_MAX = 448.0
+E4M3_MIN_SCALE = 2.0**-6
+MIN_NORMAL = 2.0**-126
+
+
+def table(fmt: str) -> tuple[float, ...]:
+    """Value of each of the 16 codes of ``fmt``, before scaling."""
+    return E2M1_TABLE if fmt == "nvfp4" else ABSMAX7_TABLE
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Codes u8 [n, k] in 0..15 -> bytes u8 [n, k/2], element 0 in the low nibble."""
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """Bytes u8 [n, k/2] -> codes u8 [n, k]."""
+    n, half = packed.shape
+    return torch.stack((packed & 0xF, packed >> 4), dim=-1).reshape(n, 2 * half)
+
+
+def e2m1_codes(value: Tensor) -> Tensor:
+    """float32 -> E2M1 codes u8: nearest, ties to the even code, saturating, sign (also of zero) in bit 3."""
+    a = value.abs()
+    code = torch.zeros_like(value, dtype=torch.uint8)
+    # A tie goes to the even code: midpoints below an even code round up (>=), below an odd code stay down (>).
+    for above, midpoint in enumerate((0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0), start=1):
+        code += (a >= midpoint).to(torch.uint8) if above % 2 == 0 else (a > midpoint).to(torch.uint8)
+    return code | (torch.signbit(value).to(torch.uint8) << 3)
+
+
+def _groups(w: Tensor, group: int) -> Tensor:
+    """[n, k] -> [..., elements sharing one scale]."""
+    n, k = w.shape
+    if group == 0:
+        return w.reshape(1, n * k)
+    if group == -1:
+        return w
+    return w.reshape(n, k // group, group)
+
+
+def quantize(fmt: str, w: Tensor) -> dict[str, Tensor]:
+    """Encode w [n, k] (float32, bfloat16 or float16).
+
+    Returns:
+        codes u8 [n, k/2]; scale float32 [1], [n] or [n, k/128], or float8_e4m3fn [n, k/16]; global_scale float32 [1]
+        (1.0 for absmax7).
+
+    Raises:
+        Unsupported: a value that is NaN or infinite.
+    """
+    if not bool(torch.isfinite(w).all()):
+        raise Unsupported("nonfinite_weight", "the weight holds NaN or Inf and FP4 has no code for them")
+    w32 = w.to(torch.float32)
+    n, k = w32.shape
+    groups = _groups(w32, FORMAT_GROUPS[fmt])
+    absmax = groups.abs().amax(dim=-1)
+    one = torch.ones(1, dtype=torch.float32, device=w.device)
+    if fmt == "nvfp4":
+        # Divisors are tensors: dividing by a Python number may be turned into multiplying by its reciprocal.
+        g = torch.clamp(w32.abs().amax().reshape(1) / (one * 6.0 * E4M3_MAX), min=MIN_NORMAL)
+        scale = torch.clamp(absmax / (one * 6.0) / g, E4M3_MIN_SCALE, E4M3_MAX).to(torch.float8_e4m3fn)
+        codes = e2m1_codes(groups / (scale.to(torch.float32) * g).unsqueeze(-1))
+        return {"codes": pack(codes.reshape(n, k)), "scale": scale, "global_scale": g}
+    scale = torch.clamp(absmax / (one * 7.0), min=MIN_NORMAL)
+    q = torch.clamp(torch.round(groups / scale.unsqueeze(-1)), -7, 7)
+    return {"codes": pack((q + 8).to(torch.uint8).reshape(n, k)), "scale": scale, "global_scale": one}
+
+
+def _scale_per_element(fmt: str, scale: Tensor, n: int, k: int) -> Tensor:
+    group = FORMAT_GROUPS[fmt]
+    s = scale.to(torch.float32)
+    if group == 0:
+        return s.reshape(1, 1).expand(n, k)
+    if group == -1:
+        return s.reshape(n, 1).expand(n, k)
+    return s.repeat_interleave(group, dim=1)
+
+
+def decode_float64(fmt: str, weight: dict[str, Any]) -> Tensor:
+    """The exact weight [n, k] in float64: table value x scale x global scale needs at most 31 significant bits."""
+    codes = unpack(weight["codes"])
+    n, k = codes.shape
+    values = torch.tensor(table(fmt), dtype=torch.float64, device=codes.device)[codes.long()]
+    return values * _scale_per_element(fmt, weight["scale"], n, k).double() * weight["global_scale"].double()
+
+
+def dequantize(fmt: str, weight: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    """fl_y(fl32(value x scale x global)) [n, k]: the float32 product first (value x E4M3 scale is exact in it)."""
+    codes = unpack(weight["codes"])
+    n, k = codes.shape
+    values = torch.tensor(table(fmt), dtype=torch.float32, device=codes.device)[codes.long()]
+    product = values * _scale_per_element(fmt, weight["scale"], n, k)
+    if fmt == "nvfp4":
+        product = product * weight["global_scale"]
+    return product.to(dtype)
+
+
+def make_weight(case: Case, dtype: torch.dtype, device: str) -> Tensor:
+    """w [n, k] of the case's distribution, drawn on the CPU so that every device sees the same values.
+
+    Grid values are multiples of a quarter with the format's largest value in each block, so that every tie occurs.
+    """
+    n, k, dist = case.axis("n"), case.axis("k"), case.text("dist")
+    gen = generator(case, "weight")
+    if dist == "zeros":
+        w = torch.zeros(n, k)
+    elif dist == "uniform":
+        w = (torch.rand(n, k, generator=gen) * 2 - 1) * k**-0.5
+    elif dist == "laplace":
+        e = torch.rand(n, k, generator=gen).clamp_(1e-7, 1 - 1e-7) - 0.5
+        w = -0.02 * torch.sign(e) * torch.log1p(-2 * e.abs())
+    elif dist == "student5":
+        chi2 = torch.randn(5, n, k, generator=gen).square().sum(dim=0)
+        w = 0.02 * torch.randn(n, k, generator=gen) / torch.sqrt(chi2 / 5)
+    elif dist == "grid":
+        top = 6 if case.text("fmt") == "nvfp4" else 7
+        w = torch.randint(-4 * top, 4 * top + 1, (n, k), generator=gen).to(torch.float32) / 4
+        w[:, 0 :: max(1, FORMAT_GROUPS[case.text("fmt")]) if FORMAT_GROUPS[case.text("fmt")] > 0 else k] = float(top)
+    else:
+        w = torch.randn(n, k, generator=gen) * 0.02
+        if dist == "outlier":
+            w[torch.randint(0, n, (max(1, n // 16),), generator=gen), 0] = 3.0
+        elif dist in ("nan", "inf"):
+            w[n // 2, k // 2] = float(dist)
+    return w.to(dtype).to(device)
+
+
+def quantize_inputs(case: Case, device: str) -> dict[str, Any]:
+    """``w`` [n, k] in the case's dtype."""
+    return {"w": make_weight(case, torch_dtype(case.text("w")), device)}
+
+
+def quantize_oracle(case: Case, inputs: dict[str, Any], numerics: Numerics, max_rows: int | None) -> dict[str, Expected]:
+    """Bitwise: the encoder has one right answer. All rows, since scales depend on all elements."""
+    want = quantize(case.text("fmt"), inputs["w"])
+    zeros = "an all-zero weight" if case.text("dist") == "zeros" else ""
+    return {name: Expected(t, None, t.dtype, tuple(t.shape), degenerate=zeros) for name, t in want.items()}
+
+
+def quantize_metrics(
+    case: Case, inputs: dict[str, Any], outputs: dict[str, Any], expected: dict[str, Expected]
+) -> dict[str, float]:
+    """Accuracy of the decoded weight against the unquantised one, and storage.
+
+    rel_frobenius = |dq - w|_F / |w|_F; sqnr_db = -20 log10 of it; cosine of the flattened tensors; max_abs_error over
+    the tensor's absmax; bits_per_weight with all scales; savings are of bytes, scales included.
+    """
+    fmt = case.text("fmt")
+    w = inputs["w"].double()
+    dq = decode_float64(fmt, outputs)
+    n, k = w.shape
+    bits = 8 * packed_bytes(fmt, n, k) / (n * k)
+    out = {
+        "bits_per_weight": bits,
+        "saving_over_fp32": 1 - bits / 32,
+        "saving_over_bf16": 1 - bits / 16,
+    }
+    norm = float(w.norm())
+    if norm > 0:
+        rel = float((dq - w).norm()) / norm
+        out["rel_frobenius"] = rel
+        out["one_minus_rel_frobenius"] = 1 - rel
+        out["max_abs_error_over_absmax"] = float((dq - w).abs().max() / w.abs().max())
+        if rel > 0:
+            out["sqnr_db"] = -20 * float(torch.log10(torch.tensor(rel, dtype=torch.float64)))
+            out["cosine"] = float((dq * w).sum() / (dq.norm() * w.norm()))
+    return out
+
+
+def dequantize_inputs(case: Case, device: str) -> dict[str, Any]:
+    """``codes``, ``scale``, ``global_scale`` of an encoded weight; with ``grid`` every code incl. unused ones."""
+    return packed_weight(case, device)
+
+
+def packed_weight(case: Case, device: str) -> dict[str, Any]:
+    """An encoded weight for the case.
+
+    ``grid`` draws codes and power-of-two scales directly, so that every decoded value and every sum of few products
+    is exact in float32 whatever the order (the bitwise cross-backend cases).
+    """
+    fmt, n, k = case.text("fmt"), case.axis("n"), case.axis("k")
+    if case.text("dist") != "grid":
+        return dict(quantize(fmt, make_weight(case, torch.float32, device)))
+    gen = generator(case, "codes")
+    codes = pack(torch.randint(0, 16, (n, k), generator=gen, dtype=torch.uint8))
+    group = FORMAT_GROUPS[fmt]
+    shape = (1,) if group == 0 else (n,) if group == -1 else (n, k // group)
+    scale = torch.exp2(torch.randint(-1, 2, shape, generator=gen).to(torch.float32))
+    if fmt == "nvfp4":
+        scale = scale.to(torch.float8_e4m3fn)
+    one = torch.ones(1, dtype=torch.float32)
+    return {"codes": codes.to(device), "scale": scale.to(device), "global_scale": one.to(device)}
+
+
+def dequantize_oracle(
+    case: Case, inputs: dict[str, Any], numerics: Numerics, max_rows: int | None
+) -> dict[str, Expected]:
+    """Bitwise: decoding rounds at most twice, in a fixed order."""
+    want = dequantize(case.text("fmt"), inputs, torch_dtype(case.text("y")))
+    zeros = "an all-zero weight" if case.text("dist") == "zeros" else ""
+    return {"weight": Expected(want, None, want.dtype, tuple(want.shape), degenerate=zeros)}

@@ -1,0 +1,226 @@
+"""What happened: one Record per planned job, as stored in JSONL. Standard library only.
+
+Schema history
+    1  first version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+from vbench.errors import DataError
+
+SCHEMA = 1
+
+#: ``check``: value against oracle. ``time``: check, then timing. ``battery``: trivial kernels against the check.
+#: ``arithmetic``: a document's own figures.
+Kind = Literal["check", "time", "battery", "arithmetic"]
+KINDS: tuple[Kind, ...] = ("check", "time", "battery", "arithmetic")
+
+Quantity = Literal["graph", "wall", "cold"]
+
+
+class Outcome(StrEnum):
+    """How a job ended. Exactly one per record."""
+
+    PASSED = "PASSED"
+    WRONG_SHAPE = "WRONG_SHAPE"
+    WRONG_DTYPE = "WRONG_DTYPE"
+    WRONG_VALUE = "WRONG_VALUE"
+    NONFINITE = "NONFINITE"
+    MUTATED_INPUT = "MUTATED_INPUT"
+    OUT_OF_BOUNDS = "OUT_OF_BOUNDS"
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    NONDETERMINISTIC = "NONDETERMINISTIC"
+    INVALID = "INVALID"
+    COMPILE_ERROR = "COMPILE_ERROR"
+    RUNTIME_ERROR = "RUNTIME_ERROR"
+    CRASHED = "CRASHED"
+    TIMEOUT = "TIMEOUT"
+    UNSUPPORTED = "UNSUPPORTED"
+    UNAVAILABLE = "UNAVAILABLE"
+
+
+#: Outcomes that are no fault of a kernel.
+EXCUSED = frozenset({Outcome.PASSED, Outcome.UNSUPPORTED, Outcome.UNAVAILABLE})
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorStats:
+    """Comparison of the outputs with the oracle, the worst output's figures.
+
+    Args:
+        output: name of the worst output.
+        elements: compared elements over all outputs.
+        wrong: elements over budget (or unequal where the oracle is exact).
+        worst_over_budget: largest |error| / budget; ``inf`` where an exact output differs.
+        max_ulp: largest error in units in the last place of the output's dtype; ``None`` for integers.
+        correctly_rounded: fraction of elements equal to the oracle rounded to the output's dtype.
+        at: index of the worst element.
+    """
+
+    output: str
+    elements: int
+    wrong: int
+    worst_over_budget: float
+    max_ulp: float | None
+    correctly_rounded: float
+    at: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Raw samples in time order. Statistics are computed, never stored alone.
+
+    Args:
+        quantity: ``graph`` (CUDA-graph replay over buffers rotated beyond L2), ``cold`` (L2 flushed) or ``wall``.
+        samples_s: seconds per launch, in the order taken.
+        launches_per_sample: how many launches one sample averages over.
+        rotated_bytes: bytes of distinct buffers the launches cycle through.
+        clock_hz: SM clock before and after, where readable.
+        stopped: why sampling ended (``count``, ``time``, ``interval``).
+    """
+
+    quantity: Quantity
+    samples_s: tuple[float, ...]
+    launches_per_sample: int = 1
+    rotated_bytes: int = 0
+    clock_hz: tuple[float, ...] = ()
+    stopped: str = "count"
+
+    def __post_init__(self) -> None:
+        if not self.samples_s or any(not math.isfinite(s) or s <= 0 for s in self.samples_s):
+            raise DataError("a measurement needs at least one sample, all finite and above zero")
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.samples_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One job's result.
+
+    Args:
+        case: case id, or for kind ``arithmetic`` the claim id.
+        backend, variant, role: who computed. ``role`` is own, peer, subject or harness.
+        kind: see ``Kind``.
+        outcome: see ``Outcome``.
+        reason: short stable code for anything but PASSED (``needs_cuda``, ``k_not_multiple_of_block``, ``signal_11``).
+        detail: text for a person; no decision may rest on it.
+        run: id of the process run the record belongs to.
+        suite: the suite that planned it.
+        source: where a timed shape comes from.
+        error: for kinds check and time.
+        measurements: only with PASSED, or for peers and subjects with a note in ``reason`` that the value was wrong.
+        metrics: further figures by name (accuracy, bytes, hit rate), plain floats.
+        prepare_s: seconds of set-up outside the clock (binding, packing, compiling).
+        peak_bytes: device memory one launch added at its peak, allocator's count.
+        numerics: the kernel's declared numerics.
+        environment: machine and versions; key ``hardware`` is the class claims name (``cpu``, ``sm_90``).
+        sources: digest of kernel, oracle and op sources.
+        deadline_s, elapsed_s: the job's limit and its duration in the worker.
+    """
+
+    case: str
+    backend: str
+    kind: Kind
+    outcome: Outcome
+    run: str
+    role: str = "own"
+    variant: str = ""
+    suite: str = ""
+    reason: str = ""
+    detail: str = ""
+    source: str = ""
+    error: ErrorStats | None = None
+    measurements: tuple[Measurement, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    prepare_s: float | None = None
+    peak_bytes: int | None = None
+    numerics: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    sources: str = ""
+    elapsed_s: float = 0.0
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        if self.kind == "check" and self.measurements:
+            raise DataError(f"{self.case}: a check record carries no measurement")
+        if self.measurements and self.role == "own" and self.outcome is not Outcome.PASSED:
+            raise DataError(f"{self.case}: an own backend is timed only where its check passed")
+
+    @property
+    def id(self) -> str:
+        """Digest of job and process run."""
+        return job_id(self.run, self.kind, self.case, self.backend, self.variant)
+
+    @property
+    def who(self) -> str:
+        """``backend`` or ``backend[variant]``, as claims name it."""
+        return f"{self.backend}[{self.variant}]" if self.variant else self.backend
+
+    @property
+    def hardware(self) -> str:
+        return str(self.environment.get("hardware", ""))
+
+    def measurement(self, quantity: str) -> Measurement | None:
+        return next((m for m in self.measurements if m.quantity == quantity), None)
+
+    def to_json(self) -> str:
+        """One JSON line, keys in schema order, ``id`` and each measurement's samples included."""
+        body = asdict(self)
+        schema = body.pop("schema")
+        return json.dumps({"schema": schema, "id": self.id, **body}, ensure_ascii=False, allow_nan=True)
+
+    @staticmethod
+    def from_json(line: str, where: str) -> Record:
+        """Parse one line. ``where`` (file:line) starts each message.
+
+        Raises:
+            DataError: not JSON, a newer schema, a missing or unknown key, a wrong type or a wrong id.
+        """
+        try:
+            body = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+        if not isinstance(body, dict):
+            raise DataError(f"{where}: a record must be a JSON object")
+        schema = body.get("schema")
+        if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
+            raise DataError(f"{where}: 'schema' must be a positive integer")
+        if schema > SCHEMA:
+            raise DataError(f"{where}: schema {schema} is newer than this vbench reads ({SCHEMA}); update vbench")
+        given_id = body.pop("id", None)
+        try:
+            if body.get("error") is not None:
+                error_stats = dict(body["error"])
+                error_stats["at"] = tuple(error_stats.get("at", ()))
+                body["error"] = ErrorStats(**error_stats)
+            body["measurements"] = tuple(
+                Measurement(**{**m, "samples_s": tuple(m["samples_s"]), "clock_hz": tuple(m.get("clock_hz", ()))})
+                for m in body.get("measurements", ())
+            )
+            body["outcome"] = Outcome(body["outcome"])
+            if body.get("kind") not in KINDS:
+                raise DataError(f"kind {body.get('kind')!r} is not one of {', '.join(KINDS)}")
+            record = Record(**body)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{where}: not a record of schema {schema} ({error})") from None
+        if given_id != record.id:
+            raise DataError(f"{where}: id {given_id!r} does not match the record's content ({record.id})")
+        return record
+
+
+def job_id(run: str, kind: str, case: str, backend: str, variant: str) -> str:
+    """The id of the record that this job leaves in this run."""
+    return hashlib.sha256("\n".join((run, kind, case, backend, variant)).encode()).hexdigest()[:16]
