@@ -19,10 +19,10 @@ from vbench.errors import DataError
 
 SCHEMA = 1
 
-#: ``check``: value against oracle. ``time``: check, then timing. ``battery``: trivial kernels against the check.
-#: ``arithmetic``: a document's own figures.
-Kind = Literal["check", "time", "battery", "arithmetic"]
-KINDS: tuple[Kind, ...] = ("check", "time", "battery", "arithmetic")
+#: ``probe``: can the backend be used here. ``check``: value against oracle. ``time``: check, then timing.
+#: ``battery``: trivial kernels against the check. ``arithmetic``: a document's own figures.
+Kind = Literal["probe", "check", "time", "battery", "arithmetic"]
+KINDS: tuple[Kind, ...] = ("probe", "check", "time", "battery", "arithmetic")
 
 Quantity = Literal["graph", "wall", "cold"]
 
@@ -178,7 +178,10 @@ class Record:
         """One JSON line, keys in schema order, ``id`` and each measurement's samples included."""
         body = asdict(self)
         schema = body.pop("schema")
-        return json.dumps({"schema": schema, "id": self.id, **body}, ensure_ascii=False, allow_nan=True)
+        if body["error"] is not None:
+            body["error"] = {k: _to_json(v) for k, v in body["error"].items()}
+        body["metrics"] = {k: _to_json(v) for k, v in body["metrics"].items()}
+        return json.dumps({"schema": schema, "id": self.id, **body}, ensure_ascii=False, allow_nan=False)
 
     @staticmethod
     def from_json(line: str, where: str) -> Record:
@@ -203,11 +206,14 @@ class Record:
             if body.get("error") is not None:
                 error_stats = dict(body["error"])
                 error_stats["at"] = tuple(error_stats.get("at", ()))
+                for name in ("worst_over_budget", "max_ulp", "correctly_rounded"):
+                    error_stats[name] = None if error_stats[name] is None else float(error_stats[name])
                 body["error"] = ErrorStats(**error_stats)
             body["measurements"] = tuple(
                 Measurement(**{**m, "samples_s": tuple(m["samples_s"]), "clock_hz": tuple(m.get("clock_hz", ()))})
                 for m in body.get("measurements", ())
             )
+            body["metrics"] = {k: float(v) for k, v in body.get("metrics", {}).items()}
             body["outcome"] = Outcome(body["outcome"])
             if body.get("kind") not in KINDS:
                 raise DataError(f"kind {body.get('kind')!r} is not one of {', '.join(KINDS)}")
@@ -224,3 +230,8 @@ class Record:
 def job_id(run: str, kind: str, case: str, backend: str, variant: str) -> str:
     """The id of the record that this job leaves in this run."""
     return hashlib.sha256("\n".join((run, kind, case, backend, variant)).encode()).hexdigest()[:16]
+
+
+def _to_json(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become the texts ``inf``, ``-inf`` and ``nan``."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

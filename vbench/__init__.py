@@ -1,0 +1,1 @@
+"""vbench: turns a document's performance claims into tests."""

@@ -1,0 +1,143 @@
+"""Suites x backends -> ordered jobs. Pure: the same arguments give the same jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vbench.record import Kind
+from vbench.registry import BackendInfo
+from vbench.spec import Case, Generated, Suite, resolve
+
+Effort = Literal["quick", "standard", "full"]
+EFFORTS: tuple[Effort, ...] = ("quick", "standard", "full")
+
+#: Seconds a job may take before its worker is killed. The interpreter and the simulator are slow on a shared core.
+DEADLINE_S: Mapping[Kind, float] = {"probe": 120.0, "check": 120.0, "time": 300.0, "battery": 120.0, "arithmetic": 5.0}
+
+#: Names of the harness's own executors in records; they take no entry point.
+BATTERY = "trivial_kernels"
+ARITHMETIC = "arithmetic"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One case on one backend: leaves exactly one Record."""
+
+    kind: Kind
+    suite: str
+    case: str
+    op: str
+    backend: str
+    variant: str
+    role: str
+    deadline_s: float
+    source: str = ""
+    device: Literal["cuda", "any"] = "any"
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.kind, self.case, self.backend, self.variant
+
+
+def draw(generated: Generated, count: int, seed: int) -> list[Case]:
+    """``count`` examples of a strategy, reproducible from ``seed``, duplicates dropped."""
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import seed as with_seed
+
+    cases: dict[str, Case] = {}
+    strategy: Any = resolve(generated.strategy)()
+
+    @with_seed(seed)
+    @settings(
+        max_examples=count,
+        phases=[Phase.generate],
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def collect(case: Case) -> None:
+        cases.setdefault(case.id, case)
+
+    collect()
+    return list(cases.values())
+
+
+def check_cases(suite: Suite, effort: Effort, seed: int) -> list[Case]:
+    """Fixed cases first, then the drawn ones."""
+    cases = {case.id: case for case in suite.checks}
+    for number, generated in enumerate(suite.generated):
+        for case in draw(generated, generated.count[EFFORTS.index(effort)], seed * 1000 + number):
+            cases.setdefault(case.id, case)
+    return list(cases.values())
+
+
+def plan(
+    suites: Sequence[Suite],
+    backends: Sequence[BackendInfo],
+    *,
+    ops: Iterable[str],
+    effort: Effort,
+    seed: int,
+    claims: Iterable[str] = (),
+    timing: bool = True,
+) -> tuple[Job, ...]:
+    """Jobs ordered by backend, then kind (probe, check, time), then suite. Each (kind, case, backend, variant) once.
+
+    Args:
+        ops: operations to include.
+        claims: ids of claims that arithmetic decides.
+        timing: include timed cases.
+    """
+    wanted = set(ops)
+    jobs: dict[tuple[str, str, str, str], Job] = {}
+
+    def add(job: Job) -> None:
+        jobs.setdefault(job.key, job)
+
+    for claim in claims:
+        add(Job("arithmetic", "claims", claim, "", ARITHMETIC, "", "harness", DEADLINE_S["arithmetic"]))
+    checks = {s.name: [c for c in check_cases(s, effort, seed) if c.op in wanted] for s in suites}
+    reach = EFFORTS.index(effort)
+    benches = {
+        s.name: [b for b in s.benches if b.case.op in wanted and EFFORTS.index(b.effort) <= reach] for s in suites
+    }
+    for suite in suites:
+        for case in checks[suite.name]:
+            add(Job("battery", suite.name, case.id, case.op, BATTERY, "", "harness", DEADLINE_S["battery"]))
+    for info in backends:
+        add(Job("probe", "", f"probe[{info.name}]", "", info.name, "", info.role, DEADLINE_S["probe"]))
+        if info.problem:
+            continue
+        for suite in suites:
+            for case in checks[suite.name]:
+                if case.op in info.ops:
+                    for variant in info.variants_of(case.op):
+                        add(
+                            Job(
+                                "check", suite.name, case.id, case.op, info.name, variant, info.role, DEADLINE_S["check"]
+                            )
+                        )
+        if not timing:
+            continue
+        for suite in suites:
+            for bench in benches[suite.name]:
+                if bench.case.op in info.ops:
+                    for variant in info.variants_of(bench.case.op):
+                        add(
+                            Job(
+                                "time",
+                                suite.name,
+                                bench.case.id,
+                                bench.case.op,
+                                info.name,
+                                variant,
+                                info.role,
+                                DEADLINE_S["time"],
+                                bench.source,
+                                bench.device,
+                            )
+                        )
+    return tuple(jobs.values())

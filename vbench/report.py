@@ -1,0 +1,191 @@
+"""What people read: tables and the last screen. The only module that imports pandas and tabulate, and only on use."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vbench.record import EXCUSED, Outcome, Record
+from vbench.spec import Case, Op
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from vbench.judge import ClaimVerdict
+
+LAST_SCREEN_LINES = 15
+
+
+def short(case_id: str) -> str:
+    """The short hash of a case id, as ``vbench show`` takes it."""
+    op, _, _ = case_id.partition("[")
+    return Case(op, ()).hash if case_id == f"{op}[]" else _hash(case_id)
+
+
+def _hash(case_id: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(case_id.encode()).hexdigest()[:10]
+
+
+def si(value: float, unit: str) -> str:
+    """Three significant digits with a prefix: 0.0000312 s -> ``31.2 us``."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "u")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value / 1e-9:.3g} n{unit}" if value else f"0 {unit}"
+
+
+def _parse(ops: dict[str, Op], case_id: str) -> Case | None:
+    op = ops.get(case_id.partition("[")[0])
+    return op.parse(case_id) if op is not None else None
+
+
+def frame(records: Iterable[Record]) -> DataFrame:
+    """One row a record, for tables, CSV and further analysis."""
+    import pandas as pd
+
+    rows = []
+    for r in records:
+        row: dict[str, Any] = {
+            "hash": _hash(r.case),
+            "kind": r.kind,
+            "suite": r.suite,
+            "backend": r.who,
+            "case": r.case,
+            "outcome": r.outcome.value,
+            "reason": r.reason,
+            "err/budget": r.error.worst_over_budget if r.error else None,
+            "correctly rounded": r.error.correctly_rounded if r.error else None,
+        }
+        for m in r.measurements:
+            row[f"{m.quantity}_s"] = m.median_s
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def table(data: DataFrame, fmt: str = "table") -> str:
+    """Render a frame as ``table`` (terminal), ``markdown``, ``csv`` or ``json`` (records)."""
+    if fmt == "csv":
+        return str(data.to_csv(index=False))
+    if fmt == "json":
+        return str(data.to_json(orient="records", indent=1))
+    from tabulate import tabulate
+
+    style = "github" if fmt == "markdown" else "simple"
+    clean = data.astype(object).where(data.notna(), "")
+    return tabulate(clean.to_dict("list"), headers="keys", tablefmt=style, floatfmt=".3g")
+
+
+def conformance(records: Sequence[Record]) -> DataFrame:
+    """Backend x op: how many checks passed of how many were not excused, and what was excused or wrong."""
+    import pandas as pd
+
+    cells: dict[tuple[str, str], Counter[str]] = {}
+    for r in records:
+        if r.kind == "check":
+            cells.setdefault((r.who, r.case.partition("[")[0]), Counter())[r.outcome.value] += 1
+    rows = []
+    for (who, op), counts in sorted(cells.items()):
+        rest = ", ".join(f"{n} {o}" for o, n in sorted(counts.items()) if o != "PASSED")
+        rows.append({"backend": who, "op": op, "passed": counts["PASSED"], "other": rest})
+    return pd.DataFrame(rows, columns=["backend", "op", "passed", "other"])
+
+
+def timings(records: Sequence[Record]) -> DataFrame:
+    """Timed cases x backend: median seconds per launch."""
+    import pandas as pd
+
+    rows: dict[str, dict[str, Any]] = {}
+    for r in records:
+        for m in r.measurements:
+            mark = "" if r.outcome is Outcome.PASSED else " (wrong)"
+            rows.setdefault(f"{r.case} {m.quantity}", {})[r.who] = si(m.median_s, "s") + mark
+    return pd.DataFrame([{"case": case, **cells} for case, cells in rows.items()])
+
+
+def _count_line(records: Sequence[Record]) -> str:
+    counts = Counter(r.outcome.value for r in records)
+    return ", ".join(f"{n} {o}" for o, n in counts.most_common())
+
+
+def _worst(records: Sequence[Record]) -> Record | None:
+    scored = [r for r in records if r.role == "own" and r.kind in ("check", "time") and r.error is not None]
+    return max(scored, key=lambda r: r.error.worst_over_budget if r.error else 0.0, default=None)
+
+
+def _slowest_against_peer(records: Sequence[Record]) -> str:
+    best_peer: dict[tuple[str, str], Record] = {}
+    own: dict[tuple[str, str], Record] = {}
+    for r in records:
+        for m in r.measurements:
+            key = (r.case, m.quantity)
+            table = own if r.role == "own" else best_peer if r.role == "peer" else None
+            if table is None or r.outcome is not Outcome.PASSED:
+                continue
+            old = table.get(key)
+            old_m = old.measurement(m.quantity) if old else None
+            if old_m is None or m.median_s < old_m.median_s:
+                table[key] = r
+    pairs = []
+    for key, mine in own.items():
+        peer = best_peer.get(key)
+        a, b = mine.measurement(key[1]), peer.measurement(key[1]) if peer else None
+        if peer is not None and a is not None and b is not None:
+            pairs.append((b.median_s / a.median_s, key[0], mine.who, peer.who))
+    if not pairs:
+        return "no timed cell has both one of ours and a peer"
+    ratio, case, who, peer_who = min(pairs)
+    return f"{ratio:.2f}x of {peer_who} by {who} on {_hash(case)} ({case})"
+
+
+def last_screen(
+    *,
+    run_id: str,
+    records: Sequence[Record],
+    verdicts: Sequence[ClaimVerdict],
+    code: int,
+    reasons: Sequence[str],
+    where: str,
+    elapsed_s: float,
+    device: str,
+) -> str:
+    """At most LAST_SCREEN_LINES lines: what happened, what it means, what to do next."""
+    stated = Counter(v.stated.word for v in verdicts if v.stated is not None)
+    restated = Counter(v.restated.word for v in verdicts if v.restated is not None)
+    battery = [r for r in records if r.kind == "battery"]
+    caught = int(sum(r.metrics.get("caught", 0) for r in battery))
+    degenerate = int(sum(r.metrics.get("degenerate", 0) for r in battery))
+    alive = sum(1 for r in battery if r.outcome is Outcome.WRONG_VALUE)
+    missing = Counter(r.reason for r in records if r.outcome in (Outcome.UNAVAILABLE, Outcome.UNSUPPORTED))
+    failed = [r for r in records if r.role in ("own", "harness") and r.outcome not in EXCUSED]
+    found = Counter(f"{r.who} {r.outcome.value}" for r in records if r.role == "subject" and r.outcome not in EXCUSED)
+    worst = _worst(records)
+    lines = [
+        f"run {run_id}: {len(records)} jobs on {device} in {elapsed_s:.0f} s, exit {code}"
+        + (f" ({reasons[0]})" if reasons else ""),
+        f"outcomes  {_count_line(records)}",
+        f"claims    as stated: {_words(stated)}; restated: {_words(restated)}",
+        f"battery   trivial kernels caught {caught}, excused as degenerate {degenerate}, cases with a survivor {alive}",
+    ]
+    if worst is not None and worst.error is not None:
+        w = worst.error
+        lines.append(
+            f"worst     error/budget {w.worst_over_budget:.3g} in {w.output} by {worst.who} on {_hash(worst.case)}"
+        )
+    lines.append(f"slowest   {_slowest_against_peer(records)}")
+    if found:
+        lines.append(f"subjects  {', '.join(f'{n} x {what}' for what, n in found.most_common(4))}")
+    for r in failed[:3]:
+        lines.append(f"FAILED    {r.who} {r.outcome.value}({r.reason}) {_hash(r.case)} {r.case}"[:200])
+    if len(failed) > 3:
+        lines.append(f"          and {len(failed) - 3} more: vbench show {run_id} --failed")
+    lines.append(f"not run   {', '.join(f'{n} {reason}' for reason, n in missing.most_common(6)) or 'nothing'}")
+    lines.append(f"records   {where}")
+    lines.append(f"next      vbench show {run_id}")
+    return "\n".join(lines[:LAST_SCREEN_LINES])
+
+
+def _words(counts: Counter[str]) -> str:
+    return ", ".join(f"{n} {word}" for word, n in counts.most_common()) or "none"

@@ -1,0 +1,302 @@
+"""Runs jobs in warm worker processes, one a backend; every job leaves exactly one record, whatever the kernel does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vbench import environment
+from vbench.backend import Device
+from vbench.plan import ARITHMETIC, BATTERY, Job
+from vbench.record import ErrorStats, Measurement, Outcome, Record
+from vbench.registry import OWN_DISTRIBUTION, BackendInfo
+from vbench.store import RunStore
+
+#: Limit of a worker's start (interpreter, torch, loading the backend), which is no job's own time.
+START_DEADLINE_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The worker did not answer."""
+
+    outcome: Outcome
+    reason: str
+    detail: str
+
+
+class WorkerProcess:
+    """A worker, started on first use and again after it died."""
+
+    def __init__(self, info: BackendInfo | None, device: Device, log: Path, threads: int) -> None:
+        self._name = BATTERY if info is None else info.name
+        self._distribution = OWN_DISTRIBUTION if info is None else info.distribution
+        self._extra = {} if info is None else dict(info.environment.get(device, {}))
+        self._device = device
+        self._log = log
+        self._threads = threads
+        self._process: subprocess.Popen[bytes] | None = None
+        self._buffer = b""
+
+    def _start(self) -> None:
+        env = {**os.environ, **self._extra, "VBENCH_WORKER_THREADS": str(self._threads), "PYTHONUNBUFFERED": "1"}
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "vbench.worker", self._name, self._distribution, self._device],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=env,
+                start_new_session=True,
+            )
+        self._buffer = b""
+
+    def ask(self, request: Mapping[str, Any], deadline_s: float) -> dict[str, Any] | Failure:
+        """Send one job and wait for its answer; kill the whole process group at the deadline."""
+        if self._process is None:
+            self._start()
+            ready = self._read_line(START_DEADLINE_S)
+            if isinstance(ready, Failure):
+                return Failure(ready.outcome, f"start_{ready.reason}", ready.detail)
+        assert self._process is not None and self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return self._gone()
+        line = self._read_line(deadline_s)
+        if isinstance(line, Failure):
+            return line
+        answer: dict[str, Any] = json.loads(line)
+        if answer.pop("dead", False):
+            self.kill()
+        return answer
+
+    def _read_line(self, deadline_s: float) -> bytes | Failure:
+        process = self._process
+        assert process is not None and process.stdout is not None
+        limit = time.monotonic() + deadline_s
+        while b"\n" not in self._buffer:
+            ready, _, _ = select.select([process.stdout], [], [], max(0.0, limit - time.monotonic()))
+            if not ready:
+                self.kill()
+                return Failure(Outcome.TIMEOUT, "deadline", f"no answer within {deadline_s:g} s; killed")
+            chunk = os.read(process.stdout.fileno(), 1 << 16)
+            if not chunk:
+                return self._gone()
+            self._buffer += chunk
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+    def _gone(self) -> Failure:
+        process = self._process
+        assert process is not None
+        code = process.wait()
+        self.kill()
+        tail = self._log.read_bytes()[-400:].decode(errors="replace").strip()
+        if code < 0:
+            name = signal.Signals(-code).name if -code in iter(signal.Signals) else str(-code)
+            return Failure(Outcome.CRASHED, f"signal_{-code}", f"the worker died by {name}; log ends: {tail}")
+        return Failure(Outcome.CRASHED, f"exit_{code}", f"the worker ended with code {code}; log ends: {tail}")
+
+    def kill(self) -> None:
+        """End the worker and everything it started, at once. May be called from another thread."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+    def close(self) -> None:
+        """Let the worker end by itself; kill it if it does not."""
+        process = self._process
+        if process is not None and process.stdin is not None:
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+        self.kill()
+
+
+@dataclass(slots=True)
+class Run:
+    """One execution of a plan.
+
+    Args:
+        run_id: goes into each record.
+        jobs: what to do, in order.
+        infos: backends by name.
+        device: where.
+        store: where records go.
+        arithmetic: claim id -> metrics, for kind ``arithmetic``.
+        parallel: workers at a time while nothing is being timed.
+        on_record: called after each record is stored (progress).
+    """
+
+    run_id: str
+    jobs: Sequence[Job]
+    infos: Mapping[str, BackendInfo]
+    device: Device
+    store: RunStore
+    arithmetic: Callable[[str], Mapping[str, float]]
+    parallel: int
+    on_record: Callable[[Record], None]
+    records: list[Record] = field(default_factory=list)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _workers: set[WorkerProcess] = field(default_factory=set)
+    _probes: dict[str, Record] = field(default_factory=dict)
+
+    def execute(self) -> list[Record]:
+        """Run everything. Checks first, several backends side by side; then timing, alone on the machine.
+
+        Raises:
+            KeyboardInterrupt: after killing the workers; every finished record is stored.
+            DataError: the store refused a record.
+        """
+        checks: dict[str, list[Job]] = {}
+        times: dict[str, list[Job]] = {}
+        for job in self.jobs:
+            (times if job.kind == "time" else checks).setdefault(job.backend, []).append(job)
+        try:
+            with ThreadPoolExecutor(max_workers=self.parallel) as pool:
+                # Long lists first, so that no backend is left alone at the end.
+                ordered = sorted(checks.items(), key=lambda item: -len(item[1]))
+                futures = [pool.submit(self._backend, name, jobs) for name, jobs in ordered]
+                try:
+                    for future in futures:
+                        future.result()
+                except BaseException:
+                    self._abort()
+                    raise
+            for name, jobs in times.items():
+                self._backend(name, jobs)
+        except BaseException:
+            self._abort()
+            raise
+        if len(self.records) != len(self.jobs):
+            raise AssertionError(f"{len(self.jobs)} jobs left {len(self.records)} records")
+        return self.records
+
+    def _abort(self) -> None:
+        self._stop.set()
+        with self._lock:
+            workers = list(self._workers)
+        for worker in workers:
+            worker.kill()
+
+    def _backend(self, name: str, jobs: Iterable[Job]) -> None:
+        """All given jobs of one backend in one warm worker."""
+        threads = max(1, (os.cpu_count() or 1) // self.parallel)
+        log = self.store.folder / f"{name.replace('/', '_')}.log"
+        worker = WorkerProcess(self.infos.get(name), self.device, log, threads)
+        with self._lock:
+            self._workers.add(worker)
+        try:
+            for job in jobs:
+                if self._stop.is_set():
+                    return
+                self._finish(self._one(worker, job))
+        finally:
+            worker.close()
+            with self._lock:
+                self._workers.discard(worker)
+
+    def _finish(self, record: Record) -> None:
+        if self._stop.is_set():
+            return
+        self.store.append(record)
+        with self._lock:
+            self.records.append(record)
+            if record.kind == "probe":
+                self._probes[record.backend] = record
+        self.on_record(record)
+
+    def _one(self, worker: WorkerProcess, job: Job) -> Record:
+        if job.backend == ARITHMETIC:
+            metrics = self.arithmetic(job.case)
+            return self._record(job, Outcome.PASSED, metrics=metrics)
+        info = self.infos.get(job.backend)
+        if info is not None and info.problem:
+            return self._record(job, Outcome.UNAVAILABLE, info.problem, info.detail)
+        probe = self._probes.get(job.backend)
+        if probe is not None and probe.outcome is not Outcome.PASSED:
+            return self._record(job, probe.outcome, probe.reason, probe.detail)
+        if job.kind == "time" and self.device != "cuda" and job.device == "cuda":
+            detail = "timed on a GPU only; run it on a machine with CUDA"
+            return self._record(job, Outcome.UNAVAILABLE, "needs_cuda", detail)
+        if job.kind == "time" and probe is not None and probe.reason != "native":
+            detail = f"{probe.reason} here: run for its meaning, never for its speed"
+            return self._record(job, Outcome.UNAVAILABLE, "needs_cuda", detail)
+        request = {"kind": job.kind, "op": job.op, "case": job.case, "variant": job.variant, "role": job.role}
+        answer = worker.ask(request, job.deadline_s)
+        if isinstance(answer, Failure):
+            return self._record(job, answer.outcome, answer.reason, answer.detail)
+        error = answer["error"]
+        env = answer.get("environment")
+        return self._record(
+            job,
+            Outcome(answer["outcome"]),
+            answer["reason"],
+            answer["detail"],
+            error=ErrorStats(**{**error, "at": tuple(error["at"])}) if error else None,
+            measurements=tuple(_measurement(m) for m in answer["measurements"]),
+            metrics=answer["metrics"] or {},
+            prepare_s=answer["prepare_s"],
+            peak_bytes=answer["peak_bytes"],
+            numerics=answer["numerics"] or {},
+            sources=answer["sources"],
+            elapsed_s=answer["elapsed_s"],
+            environment=env or None,
+        )
+
+    def _record(self, job: Job, outcome: Outcome, reason: str = "", detail: str = "", **rest: Any) -> Record:
+        env = rest.pop("environment", None)
+        if env is None:
+            probe = self._probes.get(job.backend)
+            env = probe.environment if probe is not None and probe.environment else environment.describe("cpu")
+        return Record(
+            case=job.case,
+            backend=job.backend,
+            kind=job.kind,
+            outcome=outcome,
+            run=self.run_id,
+            role=job.role,
+            variant=job.variant,
+            suite=job.suite,
+            reason=reason,
+            detail=detail,
+            source=job.source,
+            environment=env,
+            **rest,
+        )
+
+
+def _measurement(body: Mapping[str, Any]) -> Measurement:
+    return Measurement(**{**body, "samples_s": tuple(body["samples_s"]), "clock_hz": tuple(body["clock_hz"])})
+
+
+def detect_device() -> Device:
+    """``cuda`` if torch can use a GPU, asked in a child process so that the harness itself needs no torch."""
+    if not any(Path("/dev").glob("nvidia*")) and not Path("/dev/dxg").exists():
+        return "cpu"
+    code = "import torch; raise SystemExit(0 if torch.cuda.is_available() else 1)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=300)
+    return "cuda" if done.returncode == 0 else "cpu"

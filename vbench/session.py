@@ -1,0 +1,288 @@
+"""Puts the parts together: what the commands ``run``, ``show`` and ``claims`` do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vbench import registry, report
+from vbench.backend import Device
+from vbench.claims import Ledger, arithmetic_metrics, load_ledger
+from vbench.errors import DataError, UsageError
+from vbench.judge import ClaimVerdict, exit_code, judge
+from vbench.plan import Effort, Job, plan
+from vbench.record import EXCUSED, Record
+from vbench.sources import job_digest
+from vbench.store import RunStore, new_run_id, read_records
+
+
+def current_sources() -> Callable[[Record], str | None]:
+    """Digest of the sources as they are now for a record's backend and op; ``None`` where they cannot be found."""
+    ops, infos = registry.ops(), registry.backends()
+
+    def find(record: Record) -> str | None:
+        op = ops.get(record.case.partition("[")[0])
+        info = infos.get(record.backend)
+        if op is None or info is None or op.name not in info.ops:
+            return None
+        return job_digest(info.ops[op.name], op.oracle, op.inputs) or None
+
+    return find
+
+
+def run_suites(
+    *,
+    suites: Sequence[str],
+    backends: Sequence[str],
+    ops: Sequence[str],
+    device: str,
+    effort: Effort,
+    out: Path,
+    seed: int,
+    strict: bool,
+    as_json: bool,
+) -> int:
+    """``vbench run``. Raises UsageError or DataError for bad input."""
+    from vbench.runner import Run, detect_device
+
+    known_suites, known_ops, known_backends = registry.suites(), registry.ops(), registry.backends()
+    chosen_suites = [known_suites[n] for n in registry.choose("suite", suites, known_suites)]
+    chosen_ops = registry.choose("op", ops, known_ops)
+    chosen = {n: known_backends[n] for n in registry.choose("backend", backends, known_backends)}
+    ledgers = {name: load_ledger(path) for name, path in registry.ledger_paths().items()}
+    stated = {c.id: c for ledger in ledgers.values() for c in ledger.claims if c.stated is not None}
+    where: Device = "cuda" if device == "cuda" else "cpu" if device == "cpu" else detect_device()
+    if where == "cuda" and device == "cuda" and detect_device() != "cuda":
+        raise UsageError("--device cuda: torch sees no GPU here; use --device cpu, or run on a machine with CUDA")
+    jobs = plan(chosen_suites, list(chosen.values()), ops=chosen_ops, effort=effort, seed=seed, claims=stated)
+    run_id = new_run_id()
+    summary = {
+        "run": run_id,
+        "device": where,
+        "effort": effort,
+        "seed": seed,
+        "suites": [s.name for s in chosen_suites],
+        "backends": list(chosen),
+        "ops": chosen_ops,
+        "jobs": len(jobs),
+    }
+    store = RunStore(out / run_id, summary)
+    parallel = min(os.cpu_count() or 1, 2 if where == "cpu" else 6)
+    progress = _Progress(jobs)
+    began = time.monotonic()
+    try:
+        with progress:
+            run = Run(
+                run_id=run_id,
+                jobs=jobs,
+                infos=chosen,
+                device=where,
+                store=store,
+                arithmetic=lambda claim: arithmetic_metrics(stated[claim]),
+                parallel=parallel,
+                on_record=progress.step,
+            )
+            records = run.execute()
+    finally:
+        store.close()
+    verdicts = [v for ledger in ledgers.values() for v in judge(ledger, records, current_sources=current_sources())]
+    code, reasons = exit_code(records, verdicts, strict=strict)
+    if as_json:
+        print(json.dumps(_summary(summary, records, verdicts, code, reasons, store.path), indent=1))
+        return code
+    screen = report.last_screen(
+        run_id=run_id,
+        records=records,
+        verdicts=verdicts,
+        code=code,
+        reasons=reasons,
+        where=str(store.path),
+        elapsed_s=time.monotonic() - began,
+        device=where,
+    )
+    print(screen)
+    return code
+
+
+def _summary(
+    plan_summary: dict[str, Any],
+    records: Sequence[Record],
+    verdicts: Sequence[ClaimVerdict],
+    code: int,
+    reasons: Sequence[str],
+    path: Path,
+) -> dict[str, Any]:
+    return {
+        **plan_summary,
+        "records": str(path),
+        "exit": code,
+        "reasons": list(reasons),
+        "outcomes": dict(Counter(r.outcome.value for r in records)),
+        "claims": [_verdict_json(v) for v in verdicts],
+    }
+
+
+def _verdict_json(verdict: ClaimVerdict) -> dict[str, Any]:
+    return {
+        "id": verdict.claim,
+        "as_stated": str(verdict.stated),
+        "restated": str(verdict.restated) if verdict.restated is not None else None,
+    }
+
+
+class _Progress:
+    """A progress bar with time left on a terminal; elsewhere a line on standard error every ten seconds."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._total = len(jobs)
+        self._done = 0
+        self._bad = 0
+        self._began = self._said = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> _Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("", total=self._total)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, record: Record) -> None:
+        self._done += 1
+        self._bad += record.role in ("own", "harness") and record.outcome not in EXCUSED
+        text = f"{record.who} {record.case[:60]}  failed: {self._bad}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, description=text)
+            return
+        now = time.monotonic()
+        if now - self._said >= 10 or self._done == self._total:
+            self._said = now
+            left = (now - self._began) / self._done * (self._total - self._done)
+            print(f"[{self._done}/{self._total}] about {left:.0f} s left; {text}", file=sys.stderr, flush=True)
+
+
+def find_run(run: str, out: Path) -> Path:
+    """The folder or file that ``RUN`` means: ``latest``, a run id below ``out``, or a path.
+
+    Raises:
+        UsageError: nothing there.
+    """
+    if run == "latest":
+        folders = sorted((p for p in out.glob("*") if (p / "records.jsonl").is_file()), key=lambda p: p.name)
+        if not folders:
+            raise UsageError(f"no run in {out} yet; start one with: vbench run --suite all")
+        return folders[-1]
+    for candidate in (out / run, Path(run)):
+        if candidate.exists():
+            return candidate
+    raise UsageError(f"no run {run!r} in {out}, and no such path")
+
+
+def show_run(run: str, out: Path, failed: bool, case_hash: str | None, as_json: bool) -> int:
+    """``vbench show``."""
+    records = read_records(find_run(run, out))
+    if failed:
+        records = [r for r in records if r.outcome not in EXCUSED]
+    if case_hash is not None:
+        records = [r for r in records if report.short(r.case) == case_hash]
+        if not records:
+            raise UsageError(f"no case with hash {case_hash!r} in this run")
+    if as_json:
+        print("[" + ",\n".join(r.to_json() for r in records) + "]")
+        return 0
+    if not records:
+        print("no records")
+        return 0
+    if case_hash is not None:
+        for r in records:
+            print(f"{r.who}  {r.outcome}({r.reason})  {r.case}\n{r.detail}\n{r.error}\n{dict(r.metrics)}\n")
+        return 0
+    if failed:
+        print(report.table(report.frame(records).drop(columns=["suite"])))
+        return 0
+    print(report.table(report.conformance(records)))
+    if any(r.measurements for r in records):
+        print()
+        print(report.table(report.timings(records)))
+    return 0
+
+
+def _ledger(name: str) -> Ledger:
+    paths = registry.ledger_paths()
+    registry.choose("ledger", [name], paths)
+    return load_ledger(paths[name])
+
+
+def baselines() -> list[Record]:
+    """Reviewed records shipped with the package, or none."""
+    from importlib import resources
+
+    folder = Path(str(resources.files("vbench").joinpath("results", "baselines")))
+    return read_records(folder) if any(folder.rglob("*.jsonl")) else []
+
+
+def claims_command(arguments: argparse.Namespace) -> int:
+    """``vbench claims list|check|update|coverage``."""
+    from vbench import documents
+
+    ledger = _ledger(arguments.ledger)
+    if arguments.verb == "coverage":
+        found = documents.coverage(_read(arguments.document), ledger)
+        if arguments.json:
+            print(json.dumps({"unaccounted": [str(n) for n in found]}, indent=1, ensure_ascii=False))
+        else:
+            for numeral in found:
+                print(f"{arguments.document}:{numeral}")
+            print(f"{len(found)} unaccounted numerals")
+        return 1 if found else 0
+    records = read_records(arguments.records) if arguments.records is not None else baselines()
+    if arguments.verb == "list":
+        verdicts = judge(ledger, records, current_sources=current_sources())
+        if arguments.json:
+            print(json.dumps([_verdict_json(v) for v in verdicts], indent=1))
+        else:
+            for v in verdicts:
+                print(f"{v.claim:<40} as stated: {v.stated}  restated: {v.restated}")
+        return 0
+    text = _read(arguments.document)
+    where = str(arguments.document)
+    if arguments.verb == "check":
+        drifts = documents.check(text, ledger, records, current_sources=current_sources(), where=where)
+        if arguments.json:
+            print(json.dumps({"drift": [str(d) for d in drifts]}, indent=1, ensure_ascii=False))
+        else:
+            for drift in drifts:
+                print(drift)
+            print(f"{where}: {len(drifts)} generated spans differ from the records")
+        return 1 if drifts else 0
+    new = documents.update(text, ledger, records, current_sources=current_sources(), where=where)
+    if new != text:
+        arguments.document.write_text(new, encoding="utf-8")
+    if arguments.json:
+        print(json.dumps({"changed": new != text}))
+    else:
+        print(f"{where}: {'rewritten' if new != text else 'unchanged'}")
+    return 0
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None

@@ -1,0 +1,337 @@
+"""The worker process: one backend, one job at a time, requests and results as JSON lines.
+
+``python -m vbench.worker NAME DISTRIBUTION DEVICE`` reads jobs from standard input. Results go to the descriptor that
+was standard output at start; after that, descriptors 1 and 2 both lead to the log, whatever a kernel prints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vbench import check, environment, registry, sources, timing
+from vbench.backend import Device, Kernel
+from vbench.errors import CaseError, Unsupported
+from vbench.plan import BATTERY
+from vbench.record import Measurement, Outcome
+from vbench.roofline import floor_s
+from vbench.spec import Case, Expected, Numerics, Op, resolve
+
+#: Rows of a timed case compared with the oracle; check cases are compared whole.
+TIMED_ROWS = 256
+
+#: Declared numerics an own kernel may have: nothing coarser than fp32 sums counts as correct.
+OWN_ACCUMULATE = ("fp32", "fp64", "tensor_core")
+
+
+@dataclass(slots=True)
+class Result:
+    """What the worker answers; the parent adds run, suite, role and environment to make a Record."""
+
+    outcome: Outcome
+    reason: str = ""
+    detail: str = ""
+    error: dict[str, Any] | None = None
+    measurements: tuple[dict[str, Any], ...] = ()
+    metrics: Mapping[str, float] | None = None
+    prepare_s: float | None = None
+    peak_bytes: int | None = None
+    numerics: Mapping[str, Any] | None = None
+    sources: str = ""
+    environment: Mapping[str, Any] | None = None
+
+
+class Worker:
+    """Holds the loaded backend and the device for the life of the process."""
+
+    def __init__(self, name: str, distribution: str, device: Device) -> None:
+        self.device: Device = device
+        self.ops = registry.ops()
+        self.backend: Any = None
+        self.info: registry.BackendInfo | None = None
+        if name != BATTERY:
+            self.info, self.backend = registry.load_backend(registry.find_entry(name, distribution))
+            if self.backend is None:
+                raise SystemExit(f"{self.info.problem}: {self.info.detail}")
+        self._available: Any = None
+
+    # -- set-up of a job ---------------------------------------------------------------------------------------------
+
+    def availability(self) -> Any:
+        """The backend's own word, asked once."""
+        if self._available is None:
+            self._available = self.backend.probe(self.device)
+        return self._available
+
+    def probe(self) -> Result:
+        available = self.availability()
+        env = {**environment.describe(self.device), **dict(available.versions)} if available.usable else {}
+        if not available.usable:
+            return Result(Outcome.UNAVAILABLE, "not_usable", available.reason)
+        return Result(Outcome.PASSED, available.mode, available.reason, environment=env)
+
+    def _case(self, op_name: str, case_id: str) -> tuple[Op, Case]:
+        op = self.ops[op_name]
+        return op, op.parse(case_id)
+
+    def run(self, request: Mapping[str, Any]) -> Result:
+        kind = request["kind"]
+        if kind == "probe":
+            return self.probe()
+        op, case = self._case(request["op"], request["case"])
+        rejected = op.reject(case)
+        if rejected is not None:
+            return Result(Outcome.UNSUPPORTED, rejected[0], rejected[1])
+        if kind == "battery":
+            return self.battery(op, case)
+        available = self.availability()
+        if not available.usable:
+            return Result(Outcome.UNAVAILABLE, "not_usable", available.reason)
+        factory = resolve(self.backend.ops[op.name])
+        kernel: Kernel = factory(case, request["variant"], self.device)
+        digest = sources.job_digest(self.backend.ops[op.name], op.oracle, op.inputs)
+        result = self._measure(op, case, kernel, timed=kind == "time", role=request["role"])
+        result.numerics = asdict(kernel.numerics)
+        result.sources = digest
+        return result
+
+    # -- kinds -------------------------------------------------------------------------------------------------------
+
+    def battery(self, op: Op, case: Case) -> Result:
+        """The trivial kernels must fail this case's comparison, with the widest budget an own kernel may claim."""
+        widest = Numerics("tensor_core", ("bf16",), "bf16")
+        inputs, expected = self._expected(op, case, widest, None)
+        other = Case(case.op, case.params, case.seed + 1)
+        _, previous = self._expected(op, other, widest, None)
+        survivors, excused = check.trivial_survivors(inputs, expected, previous)
+        metrics = {"caught": float(len(check.TRIVIAL_KERNELS) - len(survivors) - len(excused)), "degenerate": 0.0}
+        if excused:
+            metrics["degenerate"] = float(len(excused))
+        digest = sources.job_digest(op.oracle, op.oracle, op.inputs)
+        if survivors:
+            detail = f"not caught: {', '.join(survivors)}"
+            return Result(Outcome.WRONG_VALUE, "trivial_kernel_passes", detail, metrics=metrics, sources=digest)
+        why = next((w.degenerate for w in expected.values() if w.degenerate), "") if excused else ""
+        return Result(Outcome.PASSED, "degenerate" if excused else "", why, metrics=metrics, sources=digest)
+
+    def _expected(
+        self, op: Op, case: Case, numerics: Numerics, max_rows: int | None
+    ) -> tuple[dict[str, Any], dict[str, Expected]]:
+        inputs = resolve(op.inputs)(case, self.device)
+        return inputs, resolve(op.oracle)(case, inputs, numerics, max_rows)
+
+    def _measure(self, op: Op, case: Case, kernel: Kernel, *, timed: bool, role: str) -> Result:
+        if role == "own":
+            missing = [o.name for o in op.outputs if o.name not in kernel.produces]
+            if missing:
+                return Result(Outcome.INVALID, "missing_outputs", f"an own kernel gives all outputs; no {missing}")
+            if kernel.numerics.accumulate not in OWN_ACCUMULATE:
+                detail = f"accumulate={kernel.numerics.accumulate} is coarser than an own kernel may declare"
+                return Result(Outcome.INVALID, "coarse_numerics", detail)
+        inputs, expected = self._expected(op, case, kernel.numerics, TIMED_ROWS if timed else None)
+        before = [t.clone() for t in check.tensors_of(inputs)]
+        out = check.poisoned(expected, self.device)
+        self._synchronize()
+        began = time.perf_counter()
+        launch = kernel.bind(inputs, out)
+        self._synchronize()
+        prepare_s = time.perf_counter() - began
+        # The first launch compiles what bind did not; its memory and time are not the steady state's.
+        outputs = self._outputs(launch(), out)
+        judged = check.judge_outputs(outputs, expected, kernel.produces)
+        result = Result(judged.outcome, judged.reason, judged.detail, prepare_s=prepare_s)
+        result.error = asdict(judged.error) if judged.error is not None else None
+        if op.metrics is not None and judged.outcome not in (Outcome.WRONG_SHAPE, Outcome.WRONG_DTYPE) and not timed:
+            result.metrics = resolve(op.metrics)(case, inputs, outputs, expected)
+        for old, new in zip(before, check.tensors_of(inputs), strict=True):
+            if not check.same_bits(old, new):
+                result.outcome, result.reason = Outcome.MUTATED_INPUT, "input_changed"
+                result.detail = f"an input of shape {tuple(old.shape)} was written to"
+                return result
+        if judged.outcome is Outcome.PASSED:
+            first = {name: outputs[name].clone() for name in kernel.produces}
+            for t in out.values():
+                check.poison(t)
+            again = self._outputs(launch(), out)
+            second = check.judge_outputs(again, expected, kernel.produces)
+            if second.outcome is not Outcome.PASSED:
+                result.outcome, result.reason, result.detail = second.outcome, "second_run", second.detail
+            elif kernel.deterministic and not all(check.same_bits(first[n], again[n]) for n in kernel.produces):
+                result.outcome, result.reason = Outcome.NONDETERMINISTIC, "rerun_differs"
+                result.detail = "two runs on the same inputs differ though the kernel declares itself deterministic"
+        if timed and (result.outcome is Outcome.PASSED or role != "own"):
+            del before
+            self._time(op, case, kernel, inputs, expected, launch, result)
+        return result
+
+    def _time(
+        self,
+        op: Op,
+        case: Case,
+        kernel: Kernel,
+        inputs: dict[str, Any],
+        expected: dict[str, Expected],
+        launch: Callable[[], Any],
+        result: Result,
+    ) -> None:
+        if self.device == "cuda":
+            result.peak_bytes = self._peak_bytes(launch)
+        measured: Measurement
+        if self.device == "cuda" and getattr(kernel, "graph_safe", True):
+            measured = self._time_rotated(kernel, inputs, expected, result)
+        else:
+            measured = timing.time_wall(launch, self._synchronize)
+        result.measurements = (asdict(measured),)
+        if self.device == "cuda":
+            import torch
+
+            moved = op.bytes(case) if op.bytes else 0
+            work = op.flops(case) if op.flops else 0
+            floor = floor_s(torch.cuda.get_device_name(0), moved, work)
+            if min(measured.samples_s) < floor:
+                result.outcome, result.reason = Outcome.INVALID, "faster_than_datasheet"
+                result.detail = f"{min(measured.samples_s):.3g} s is below the datasheet's floor of {floor:.3g} s"
+                result.measurements = ()
+
+    def _time_rotated(
+        self, kernel: Kernel, inputs: dict[str, Any], expected: dict[str, Expected], result: Result
+    ) -> Measurement:
+        """Graph replay over copies of all buffers that together exceed L2; a random copy's output is verified after."""
+        import torch
+
+        size = sum(t.numel() * t.element_size() for t in check.tensors_of(inputs))
+        outputs_size = sum(torch.Size(w.shape).numel() * w.dtype.itemsize for w in expected.values())
+        free_bytes, _ = torch.cuda.mem_get_info()
+        l2 = torch.cuda.get_device_properties(0).L2_cache_size
+        copies = timing.copies_needed(size + outputs_size, l2, free_bytes)
+        bound = []
+        for _ in range(copies):
+            some = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+            out = check.poisoned(expected, self.device)
+            bound.append((some, out, kernel.bind(some, out)))
+        measured = timing.time_graph([b[2] for b in bound], copies * (size + outputs_size))
+        pick = int.from_bytes(os.urandom(2), "little") % copies
+        _, out, launch = bound[pick]
+        written = out if launch() is None else None
+        torch.cuda.synchronize()
+        if written is not None:
+            after = check.judge_outputs(written, expected, kernel.produces)
+            if after.outcome is not Outcome.PASSED and result.outcome is Outcome.PASSED:
+                result.outcome, result.reason = after.outcome, "after_timing"
+                result.detail = f"copy {pick}: {after.detail}"
+        return measured
+
+    # -- device ------------------------------------------------------------------------------------------------------
+
+    def _outputs(self, returned: Mapping[str, Any] | None, out: dict[str, Any]) -> dict[str, Any]:
+        self._synchronize()
+        return out if returned is None else dict(returned)
+
+    def _synchronize(self) -> None:
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+
+    def _peak_bytes(self, launch: Callable[[], Any]) -> int:
+        import torch
+
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = launch()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        del kept
+        return int(peak)
+
+    def device_alive(self) -> bool:
+        """Whether the device still computes; after an illegal access the context is dead for good."""
+        if self.device != "cuda":
+            return True
+        import torch
+
+        try:
+            return int(torch.ones(8, device="cuda").sum()) == 8
+        except RuntimeError:
+            return False
+
+
+def outcome_of(error: BaseException) -> tuple[Outcome, str]:
+    """Outcome and reason code of an exception, by its type alone."""
+    if isinstance(error, Unsupported):
+        return Outcome.UNSUPPORTED, error.rule
+    if isinstance(error, CaseError):
+        return Outcome.INVALID, "case"
+    if isinstance(error, MemoryError):
+        return Outcome.OUT_OF_MEMORY, "host_memory"
+    if isinstance(error, SystemExit):
+        return Outcome.CRASHED, f"exit_{error.code if isinstance(error.code, int) else 0 if error.code is None else 1}"
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return Outcome.OUT_OF_MEMORY, "device_memory"
+    for module, names in _COMPILE_ERRORS.items():
+        loaded = sys.modules.get(module)
+        if loaded is not None and isinstance(error, tuple(getattr(loaded, n) for n in names if hasattr(loaded, n))):
+            return Outcome.COMPILE_ERROR, type(error).__name__
+    return Outcome.RUNTIME_ERROR, type(error).__name__
+
+
+#: Exception types that mean a kernel did not compile.
+_COMPILE_ERRORS = {
+    "triton.compiler.errors": ("CompilationError", "CompileTimeAssertionFailure", "UnsupportedLanguageConstruct"),
+    "triton.runtime.errors": ("PTXASError", "OutOfResources"),
+    "numba.core.errors": ("NumbaError",),
+}
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when the harness dies, so that a hung kernel is not left behind."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def main(argv: list[str]) -> int:
+    name, distribution, device = argv
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Imported before the first job, so that no job's deadline pays for it.
+    import torch
+
+    if device == "cpu":
+        torch.set_num_threads(int(os.environ.get("VBENCH_WORKER_THREADS", "1")))
+    worker = Worker(name, distribution, "cuda" if device == "cuda" else "cpu")
+    answers.write(json.dumps({"ready": True}) + "\n")
+    for line in sys.stdin:
+        request = json.loads(line)
+        began = time.perf_counter()
+        dead = False
+        try:
+            result = worker.run(request)
+        except BaseException as error:
+            outcome, reason = outcome_of(error)
+            result = Result(outcome, reason, "".join(traceback.format_exception(error))[-2000:])
+            if isinstance(error, Unsupported):
+                result.detail = error.message
+            dead = outcome not in (Outcome.UNSUPPORTED,) and not worker.device_alive()
+        body = {**asdict(result), "elapsed_s": time.perf_counter() - began, "dead": dead}
+        answers.write(json.dumps(body) + "\n")
+        answers.flush()
+        if dead:
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
