@@ -19,7 +19,8 @@ UNIT_ROUNDOFF = {
 UNDERFLOW = {"bf16": 2.0**-134, "fp16": 2.0**-25, "fp32": 2.0**-150, "fp64": 0.0}
 
 #: Higham & Mary, "A New Approach to Probabilistic Rounding Error Analysis" (SIAM J. Sci. Comput. 41(5), 2019):
-#: with independent mean-zero roundings |error| <= LAMBDA sqrt(n) u sum|x_i||y_i| but for a chance of 2 exp(-LAMBDA^2/2).
+#: with independent mean-zero roundings |error| <= LAMBDA sqrt(n) u sum|x_i||y_i|, but for a chance of
+#: 2 exp(-LAMBDA^2 / 2).
 LAMBDA = 6.0
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vbench.reference.budget import UNDERFLOW, UNIT_ROUNDOFF, sum_factor
-from vbench.reference.fp4 import decode_float64, packed_weight
+from vbench.reference.fp4 import decode_float64, degenerate, packed_weight
 from vbench.reference.sampling import generator, sample_rows, torch_dtype
 from vbench.spec import Case, Expected, Numerics
 
@@ -83,9 +83,9 @@ def linear_oracle(case: Case, inputs: dict[str, Any], numerics: Numerics, max_ro
         return t if rows is None else t[rows.to(t.device)]
 
     shape = (m, n)
-    degenerate = "an all-zero weight" if case.text("dist") == "zeros" else ""
+    why = degenerate(case, value.numel())
     if case.text("dist") == "grid" and act in ("none", "relu"):
-        return {"y": Expected(value.to(dtype), None, dtype, shape, take, degenerate)}
+        return {"y": Expected(value.to(dtype), None, dtype, shape, take, why)}
     magnitude = x64.abs() @ w64.abs().T
     operand = sum(UNIT_ROUNDOFF[name] for name in numerics.operand_roundings)
     total = magnitude if bias is None else magnitude + bias.double().abs()
@@ -94,4 +94,4 @@ def linear_oracle(case: Case, inputs: dict[str, Any], numerics: Numerics, max_ro
     if act in ("gelu", "silu"):
         error = error + ACTIVATION_ULPS * UNIT_ROUNDOFF["fp32"] * before.abs()
     budget = error + UNIT_ROUNDOFF[out_name] * (value.abs() + error) + UNDERFLOW[out_name]
-    return {"y": Expected(value, budget, dtype, shape, take, degenerate)}
+    return {"y": Expected(value, budget, dtype, shape, take, why)}

@@ -157,11 +157,7 @@ ATTENTION = Op(
     reject=_reject_attention,
     metrics="vbench.reference.attention:attention_metrics",
     flops=lambda c: (
-        4
-        * c.axis("b")
-        * c.axis("hq")
-        * c.axis("d")
-        * attended_pairs(c.text("causal"), c.axis("sq"), c.axis("sk"))
+        4 * c.axis("b") * c.axis("hq") * c.axis("d") * attended_pairs(c.text("causal"), c.axis("sq"), c.axis("sk"))
     ),
     bytes=lambda c: (
         c.axis("b")

@@ -1,4 +1,4 @@
-"""Out-of-tree plug-ins for tests: a folder with a module and dist-info, put on the path of this process and its children."""
+"""Out-of-tree plug-ins for tests: a module and its dist-info in a folder on the path of this process and its children."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ def install(
     info = folder / f"{dist or module}-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist or module}\nVersion: 1.0\n", encoding="utf-8")
-    (info / "entry_points.txt").write_text(
-        f"[vbench.backends]\n{entry or name} = {module}:BACKEND\n", encoding="utf-8"
-    )
+    (info / "entry_points.txt").write_text(f"[vbench.backends]\n{entry or name} = {module}:BACKEND\n", encoding="utf-8")
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=":")
 
@@ -90,7 +88,7 @@ FAULTY = """
     from vbench.errors import Unsupported
     from vbench.spec import Numerics
 
-    VARIANTS = %r
+    VARIANTS = @VARIANTS@
     BACKEND = DeclaredBackend(
         name="faulty", role="own", summary="wrong on purpose",
         ops={"fp4_linear": "plugin_faulty:make"}, variants={"fp4_linear": VARIANTS},
@@ -142,7 +140,7 @@ FAULTY = """
                     inputs["x"].add_(1)
                 elif variant == "flaky":
                     y.copy_(right)
-                    y[0, 0] = torch.nextafter(right[0, 0].float(), torch.tensor(9e9)) if self.calls %% 2 else right[0, 0]
+                    y[0, 0] = torch.nextafter(right[0, 0].float(), torch.tensor(9e9)) if self.calls % 2 else right[0, 0]
                 elif variant == "memory":
                     raise MemoryError
                 elif variant == "right_once":
@@ -154,4 +152,4 @@ FAULTY = """
         if variant == "refuses":
             raise Unsupported("because", "this kernel takes nothing")
         return Kernel(case, variant)
-""" % (tuple(FAULTS),)
+""".replace("@VARIANTS@", repr(tuple(FAULTS)))

@@ -89,7 +89,7 @@ def test_same_bits(a: float) -> None:
     assert not check.same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
 
 
-CASES = {
+CASES: dict[str, dict[str, int | str]] = {
     "fp4_quantize": {"fmt": "nvfp4", "n": 4, "k": 32},
     "fp4_dequantize": {"fmt": "absmax7_row", "n": 4, "k": 32},
     "fp4_linear": {"fmt": "nvfp4", "x": "bf16", "m": 4, "n": 8, "k": 64},

@@ -24,7 +24,7 @@ FROZEN = {
 
 
 def _commands(top: argparse.ArgumentParser, prefix: str = "") -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for action in top._actions:
         if isinstance(action, argparse._SubParsersAction):
             for name, sub in action.choices.items():

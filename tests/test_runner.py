@@ -46,9 +46,7 @@ def _key(record: Record) -> tuple[str, str, str, str]:
     return record.kind, record.case, record.backend, record.variant
 
 
-def test_every_fault_leaves_one_record_and_the_rest_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_fault_leaves_one_record_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugins.install(tmp_path, monkeypatch, "faulty", plugins.FAULTY)
     records = execute(tmp_path, ["faulty"], deadline_s=2.0)
     found = {r.variant: r for r in records if r.kind == "check"}
@@ -63,9 +61,9 @@ def test_every_fault_leaves_one_record_and_the_rest_goes_on(
 def test_a_stranger_is_planned_checked_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugins.install(tmp_path, monkeypatch, "honest", plugins.HONEST)
     assert registry.backends()["honest"].distribution == "plugin_honest"
+    command = "run --suite fp4 --backend honest --op fp4_dequantize --device cpu --json --out".split()
     done = subprocess.run(
-        [sys.executable, "-m", "vbench", "run", "--suite", "fp4", "--backend", "honest", "--op", "fp4_dequantize"]
-        + ["--device", "cpu", "--json", "--out", str(tmp_path / "out")],
+        [sys.executable, "-m", "vbench", *command, str(tmp_path / "out")],
         capture_output=True,
         text=True,
         check=False,

@@ -43,11 +43,17 @@ class Kernel(Protocol):
         numerics: how it computes; the error budget follows from it.
         produces: outputs it gives. Own kernels give all of the op's; a peer may give fewer.
         deterministic: two runs on the same inputs agree bitwise.
+        graph_safe: optional, default True; False where a CUDA graph cannot capture the launch (timed by wall clock).
     """
 
-    numerics: Numerics
-    produces: tuple[str, ...]
-    deterministic: bool
+    @property
+    def numerics(self) -> Numerics: ...
+
+    @property
+    def produces(self) -> tuple[str, ...]: ...
+
+    @property
+    def deterministic(self) -> bool: ...
 
     def bind(self, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> Launch:
         """Set-up outside the clock: packing, allocation, compilation.
@@ -80,12 +86,23 @@ class Backend(Protocol):
         environment: variables set before the worker's first import, per device (interpreter switches).
     """
 
-    name: str
-    role: Role
-    summary: str
-    ops: Mapping[str, str]
-    variants: Mapping[str, tuple[str, ...]]
-    environment: Mapping[str, Mapping[str, str]]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def role(self) -> Role: ...
+
+    @property
+    def summary(self) -> str: ...
+
+    @property
+    def ops(self) -> Mapping[str, str]: ...
+
+    @property
+    def variants(self) -> Mapping[str, tuple[str, ...]]: ...
+
+    @property
+    def environment(self) -> Mapping[str, Mapping[str, str]]: ...
 
     def probe(self, device: Device) -> Availability:
         """Say what is usable on ``device``. Runs in the worker; may import the DSL; must not raise."""

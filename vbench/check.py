@@ -258,7 +258,8 @@ def trivial_survivors(
     inputs: Mapping[str, Any], expected: Mapping[str, Expected], previous: Mapping[str, Expected]
 ) -> tuple[list[str], list[str]]:
     """(trivial kernels the comparison lets pass, those excused because every output they match is degenerate)."""
-    survivors, excused = [], []
+    survivors: list[str] = []
+    excused: list[str] = []
     produces = tuple(expected)
     for kernel in TRIVIAL_KERNELS:
         outputs = trivial_outputs(kernel, inputs, expected, previous)

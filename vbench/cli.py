@@ -25,7 +25,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--backend", action="append", default=[], metavar="NAME", help="backend to run; repeatable; all")
     run.add_argument("--op", action="append", default=[], metavar="NAME", help="operation to run; repeatable; all")
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where (default: auto)")
-    run.add_argument("--effort", choices=("quick", "standard", "full"), default="quick", help="how much (default: quick)")
+    run.add_argument(
+        "--effort", choices=("quick", "standard", "full"), default="quick", help="how much (default: quick)"
+    )
     run.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results folder ({DEFAULT_OUT})")
     run.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generated cases (default: 0)")
     run.add_argument("--strict", action="store_true", help="exit 3 if anything was not decided")
@@ -62,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0 fine, 1 contradicted, 2 bad input, 3 nothing judged, 130 interrupted."""
+    """Run one command. Exit code: 0 fine, 1 contradicted, 2 bad input, 3 nothing judged, 130 interrupted."""
     arguments = parser().parse_args(argv)
     try:
         return int(_COMMANDS[arguments.command](arguments))

@@ -1,9 +1,9 @@
 """Verdicts on claims, computed from records alone, and the exit code. Pure; standard library only.
 
 Rules
-    as stated   REFUTED where the claim's arithmetic, or a source fact in it, contradicts it. SUPPORTED by arithmetic only
-                where the claim names no hardware: arithmetic cannot support a measurement. Else the restated measurement
-                on the named card, else NOT_RUN(needs_CARD).
+    as stated   REFUTED where the claim's arithmetic, or a source fact in it, contradicts it. SUPPORTED by arithmetic
+                only where the claim names no hardware: arithmetic cannot support a measurement. Else the restated
+                measurement on the named card, else NOT_RUN(needs_CARD).
     restated    from records of its hardware class. Seconds of one process run decide only outside a margin of
                 ``SINGLE_PROCESS_MARGIN``: samples of one process are no replicates of the process. Several process runs
                 give a Student-t interval on the logarithms, at ``LEVEL`` shared among the cells (Bonferroni).
@@ -383,7 +383,9 @@ def _measure(restated: Restated, pool: _Pool, here: Callable[[Record], bool], ha
         return Finding("INCONCLUSIVE", "no_common_cell", holds=holds, hardware=hardware, missing=gaps)
     seconds = restated.quantity.startswith("time.")
     intervals = [(cell.params, _interval(cell.values, seconds, LEVEL, len(cells))) for cell in cells]
-    left = functools.reduce(_reduce, restated.reduce, intervals)
+    left: _Cells = intervals
+    for step in restated.reduce:
+        left = _reduce(left, step)
     ids = tuple(sorted(r.id for r in rests_on))
     if len(left) != 1:
         note = f"reduce leaves {len(left)} values; select or reduce {', '.join(_varying(left))}"

@@ -117,7 +117,14 @@ def plan(
                     for variant in info.variants_of(case.op):
                         add(
                             Job(
-                                "check", suite.name, case.id, case.op, info.name, variant, info.role, DEADLINE_S["check"]
+                                "check",
+                                suite.name,
+                                case.id,
+                                case.op,
+                                info.name,
+                                variant,
+                                info.role,
+                                DEADLINE_S["check"],
                             )
                         )
         if not timing:

@@ -1,4 +1,4 @@
-"""Finds operations, suites, ledgers and backends by entry point. A broken plug-in becomes a named problem, never a crash.
+"""Finds operations, suites, ledgers and backends by entry point. A broken plug-in becomes a problem, never a crash.
 
 Our own backends' modules are light and loaded here. A stranger's backend is described by a child process, because its
 import may print, hang or kill the interpreter.

@@ -120,7 +120,7 @@ def _slowest_against_peer(records: Sequence[Record]) -> str:
     own: dict[tuple[str, str], Record] = {}
     for r in records:
         for m in r.measurements:
-            key = (r.case, m.quantity)
+            key = r.case, str(m.quantity)
             table = own if r.role == "own" else best_peer if r.role == "peer" else None
             if table is None or r.outcome is not Outcome.PASSED:
                 continue

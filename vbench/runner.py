@@ -107,7 +107,7 @@ class WorkerProcess:
         self.kill()
         tail = self._log.read_bytes()[-400:].decode(errors="replace").strip()
         if code < 0:
-            name = signal.Signals(-code).name if -code in iter(signal.Signals) else str(-code)
+            name = signal.strsignal(-code) or "an unknown signal"
             return Failure(Outcome.CRASHED, f"signal_{-code}", f"the worker died by {name}; log ends: {tail}")
         return Failure(Outcome.CRASHED, f"exit_{code}", f"the worker ended with code {code}; log ends: {tail}")
 

@@ -166,7 +166,7 @@ class Op:
         oracle: ``module:function(case, inputs, numerics, max_rows) -> dict[str, Expected]``; ``max_rows`` limits the
             work to that many sampled rows (``None``: all).
         reject: returns (rule, message) for cases that have no meaning for any kernel, else ``None``; no torch.
-        metrics: ``module:function(case, inputs, outputs, expected) -> dict[str, float]``: figures beside right and wrong.
+        metrics: ``module:function(case, inputs, outputs, expected) -> dict[str, float]``: further figures.
         flops: floating-point operations of the mathematics (not of an implementation).
         bytes: the fewest bytes that must cross device memory: each input read once, each output written once.
     """

@@ -47,9 +47,10 @@ def time_graph(launches: Sequence[Callable[[], Any]], rotated_bytes: int) -> Mea
     """Seconds per launch by replaying a CUDA graph that runs every launch in turn, repeated up to MIN_REPLAY_S."""
     import torch
 
-    stream = torch.cuda.Stream()
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     stream.wait_stream(torch.cuda.current_stream())
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         for launch in launches:
             launch()

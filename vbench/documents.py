@@ -1,0 +1,535 @@
+"""Documents: which numerals a ledger accounts for, and the spans generated from records. Standard library only.
+
+What is a numeral
+    A run of decimal digits (full-width ones too), with thousands commas, a decimal part, an exponent and a leading
+    minus where it stands for itself: ``2.57``, ``-1.3``, ``4,500``, ``1e-3``, ``2.11.0``. Both ends of a range are
+    numerals (``3-4``), so are the parts of a date, the numbers of a list, and digits in code blocks and tables. A unit
+    glued behind stays outside: ``163M`` is 163.
+What is a name, and so no numeral
+    Digits glued behind an ASCII letter or an underscore (``FP4``, ``x2.py``, ``float32``, ``V2``), and the product
+    names in ``NAMES``. Nothing else: in doubt a digit counts, and the ledger excludes it with a reason.
+
+Spans
+    ``<!-- vbench:claim ID -->...<!-- /vbench -->`` anywhere, in a table's cell too, holds one line.
+    ``<!-- vbench:table SELECTOR -->...<!-- /vbench -->`` starts and ends on lines of its own.
+    Marks in code (fenced or between backticks) are text. A selector is a kind and ``key=value`` words; several values
+    are joined by commas:
+        ratio quantity=Q backend=WHO over=WHO rows=P cols=P [hardware=C] [kind=time|check] [PARAMETER=VALUES ...]
+        value quantity=Q backend=WHO rows=P cols=P ...      (as ratio, one side)
+        outcomes [hardware=C] [kind=time|check] [suite=S]   (backend x op, jobs counted by outcome)
+        claims [only=SUPPORTED,...] [prefix=fp4.]           (claims whose verdict, stated or restated, is among these)
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from vbench.claims import CLASS_PATTERN, VERDICT_WORDS, Figures, Ledger
+from vbench.errors import DataError
+from vbench.judge import (
+    ClaimVerdict,
+    CurrentSources,
+    Finding,
+    case_params,
+    is_stale,
+    judge,
+    quantity_of,
+)
+from vbench.record import Outcome, Record
+
+#: Product names that end in digits not glued to a letter.
+NAMES = (r"RTX [0-9]{4}", r"GPT-[0-9]", r"LLaMA-[0-9]+B", r"Llama-[0-9]+-[0-9]+B", r"Level [0-9](?:/[0-9])*")
+
+_FULL_WIDTH = {0xFF10 + i: ord("0") + i for i in range(10)} | {0x2212: ord("-"), 0xFF0D: ord("-")}
+_TOKEN = re.compile(
+    rf"(?P<name>(?<![A-Za-z])(?:{'|'.join(NAMES)})(?![0-9])"
+    r"|[A-Za-z_]+[0-9]+(?:\.[0-9]+)*)"
+    r"|(?P<number>(?:(?<![\w)\]\-])-)?"
+    r"(?:0[xX][0-9a-fA-F]+|[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)*)"
+    r"(?:[eE][-+]?[0-9]+)?)"
+)
+_HEADING = re.compile(r" {0,3}#{1,6}(?:[ \t]|$)")
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+
+
+@dataclass(frozen=True, slots=True)
+class Numeral:
+    """A numeral of a document.
+
+    Args:
+        text: normalised to ASCII digits and minus, thousands commas kept, unit left out.
+        line, column: from 1.
+        heading: number of headings above it or on its line (0: before the first).
+        nth: how many times this text has occurred under this heading so far, from 1.
+    """
+
+    text: str
+    line: int
+    column: int
+    heading: int
+    nth: int
+
+    def __str__(self) -> str:
+        return f"{self.line}:{self.column}: {self.text} (heading {self.heading}, occurrence {self.nth})"
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Why coverage is not whole: a numeral nobody accounts for, or a figure of the ledger that is not in the text.
+
+    Args:
+        line: of the document for a numeral, of the ledger for a figure.
+        message: one line.
+    """
+
+    line: int
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """A generated span that differs from what the records say now."""
+
+    where: str
+    line: int
+    what: str
+    found: str
+    expected: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.where}:{self.line}: {self.what}: found {self.found.strip()!r}, expected {self.expected.strip()!r}"
+        )
+
+
+def _fenced_lines(lines: Sequence[str]) -> list[bool]:
+    """Whether each line is a code fence or lies inside one."""
+    inside = ""
+    flags: list[bool] = []
+    for line in lines:
+        fence = _FENCE.match(line)
+        if inside:
+            flags.append(True)
+            if fence and fence.group(1).startswith(inside) and not line.strip().strip(inside[0]):
+                inside = ""
+        else:
+            flags.append(fence is not None)
+            inside = fence.group(1) if fence else ""
+    return flags
+
+
+def numerals(text: str) -> list[Numeral]:
+    """Every numeral of a Markdown document in order; see the module's rule of what is a name.
+
+    Spans of ours are left out: records account for them.
+    """
+    spans = list(_spans(text, "document"))
+    blank = list(text)
+    for span in spans:
+        for i in range(span.start, span.end):
+            if blank[i] != "\n":
+                blank[i] = " "
+    lines = "".join(blank).translate(_FULL_WIDTH).split("\n")
+    found: list[Numeral] = []
+    seen: Counter[tuple[int, str]] = Counter()
+    heading = 0
+    for number, (line, fenced) in enumerate(zip(lines, _fenced_lines(lines), strict=True), start=1):
+        if not fenced and _HEADING.match(line):
+            heading += 1
+        for match in _TOKEN.finditer(line):
+            token = match.group("number")
+            if token is None:
+                continue
+            seen[heading, token] += 1
+            found.append(Numeral(token, number, match.start() + 1, heading, seen[heading, token]))
+    return found
+
+
+def coverage(text: str, ledger: Ledger) -> list[Gap]:
+    """What keeps the ledger from accounting for every numeral of ``text``, in order; empty if nothing does.
+
+    A figure is matched by heading number, numeral and occurrence, so the text may be another version than the one
+    whose sha256 the ledger names.
+    """
+    owned: dict[tuple[int, str, int], list[str]] = {}
+    owners: list[tuple[str, int, tuple[Figures, ...]]] = [(f"claim {c.id}", c.line, c.figures) for c in ledger.claims]
+    owners += [(f"exclusion {e.section!r}", e.line, e.figures) for e in ledger.exclusions]
+    there = numerals(text)
+    keys = {(n.heading, n.text, n.nth) for n in there}
+    gaps: list[Gap] = []
+    lost: list[Gap] = []
+    for owner, line, figures in owners:
+        for group in figures:
+            for numeral in group.text:
+                key = (group.at, numeral, group.nth)
+                owned.setdefault(key, []).append(owner)
+                if key not in keys:
+                    what = f"occurrence {group.nth} of {numeral} after heading {group.at} is not in the document"
+                    lost.append(Gap(line, f"{ledger.path}:{line}: {owner}: {what}"))
+    for n in there:
+        if (n.heading, n.text, n.nth) not in owned:
+            gaps.append(Gap(n.line, f"{n}: no claim and no exclusion accounts for it"))
+    return gaps + lost
+
+
+# -- spans --------------------------------------------------------------------------------------------------------------
+
+_MARK = re.compile(r"<!--\s*(/?)\s*vbench\b(.*?)-->", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """``text[start:end]`` lies between the marks; ``opened`` is where the first mark begins."""
+
+    kind: str
+    selector: str
+    opened: int
+    start: int
+    end: int
+    line: int
+
+
+def _code_mask(text: str) -> list[tuple[int, int]]:
+    """Half-open ranges of code: fenced lines and inline code, in order."""
+    lines = text.split("\n")
+    ranges: list[tuple[int, int]] = []
+    at = 0
+    for line, fenced in zip(lines, _fenced_lines(lines), strict=True):
+        if fenced:
+            ranges.append((at, at + len(line)))
+        else:
+            for match in re.finditer(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", line):
+                ranges.append((at + match.start(), at + match.end()))
+        at += len(line) + 1
+    return ranges
+
+
+def _spans(text: str, where: str) -> Iterator[_Span]:
+    """The spans in order. Raises DataError for marks that make none."""
+    masked = _code_mask(text)
+    starts = [begin for begin, _ in masked]
+    open_mark: tuple[str, str, re.Match[str], int] | None = None
+    for mark in _MARK.finditer(text):
+        slot = bisect.bisect_right(starts, mark.start()) - 1
+        if slot >= 0 and mark.start() < masked[slot][1]:
+            continue
+        line = text.count("\n", 0, mark.start()) + 1
+        here = f"{where}:{line}"
+        if mark.group(1):
+            if mark.group(2).strip():
+                raise DataError(f"{here}: a span closes with <!-- /vbench -->")
+            if open_mark is None:
+                raise DataError(f"{here}: <!-- /vbench --> closes no span")
+            kind, selector, opened, opened_line = open_mark
+            yield _Span(kind, selector, opened.start(), opened.end(), mark.start(), opened_line)
+            open_mark = None
+            continue
+        if open_mark is not None:
+            raise DataError(f"{here}: a span inside the span opened at line {open_mark[3]}; spans do not nest")
+        head = re.fullmatch(r":(claim|table)\s+(\S.*?)\s*", mark.group(2), re.DOTALL)
+        if head is None or "\n" in mark.group(2):
+            raise DataError(f"{here}: expected <!-- vbench:claim ID --> or <!-- vbench:table SELECTOR -->")
+        open_mark = (head.group(1), head.group(2), mark, line)
+    if open_mark is not None:
+        raise DataError(f"{where}:{open_mark[3]}: span vbench:{open_mark[0]} is never closed by <!-- /vbench -->")
+
+
+def check(
+    text: str,
+    ledger: Ledger,
+    records: Sequence[Record],
+    *,
+    current_sources: CurrentSources,
+    where: str = "document",
+) -> list[Drift]:
+    """The spans whose content is not what ``update`` would write.
+
+    Raises:
+        DataError: a mark, claim id or selector that means nothing (file and line named).
+    """
+    verdicts = judge(ledger, records, current_sources=current_sources)
+    drifts: list[Drift] = []
+    for span in _spans(text, where):
+        expected = _render(span, text, ledger, verdicts, records, current_sources, where)
+        found = text[span.start : span.end]
+        if found != expected:
+            drifts.append(Drift(where, span.line, f"vbench:{span.kind} {span.selector}", found, expected))
+    return drifts
+
+
+def update(
+    text: str,
+    ledger: Ledger,
+    records: Sequence[Record],
+    *,
+    current_sources: CurrentSources,
+    where: str = "document",
+) -> str:
+    """The text with every span's content generated anew; nothing outside the spans changes.
+
+    Raises:
+        DataError: as ``check``.
+    """
+    verdicts = judge(ledger, records, current_sources=current_sources)
+    out: list[str] = []
+    at = 0
+    for span in _spans(text, where):
+        out += [text[at : span.start], _render(span, text, ledger, verdicts, records, current_sources, where)]
+        at = span.end
+    return "".join((*out, text[at:]))
+
+
+def _render(
+    span: _Span,
+    text: str,
+    ledger: Ledger,
+    verdicts: Sequence[ClaimVerdict],
+    records: Sequence[Record],
+    current_sources: CurrentSources,
+    where: str,
+) -> str:
+    here = f"{where}:{span.line}"
+    if span.kind == "claim":
+        verdict = next((v for v in verdicts if v.claim == span.selector), None)
+        if verdict is None:
+            raise DataError(f"{here}: no claim {span.selector!r} in {ledger.path}")
+        return claim_line(verdict)
+    before = text[text.rfind("\n", 0, span.opened) + 1 : span.opened]
+    closing = text.find("\n", text.index("-->", span.end))
+    after = text[text.index("-->", span.end) + 3 : closing if closing >= 0 else len(text)]
+    if before.strip() or after.strip():
+        raise DataError(f"{here}: a table's marks stand on lines of their own")
+    rows = _table(_Selector(span.selector, here), verdicts, records, current_sources)
+    # Blank lines: Markdown takes what follows an HTML comment without one for part of it.
+    return "\n\n" + "\n".join(rows) + "\n\n"
+
+
+def number(value: float) -> str:
+    """``value`` to three significant digits, without an exponent from 0.0001 to a million: 2.90, 0.0123, 12300."""
+    rounded = f"{value:.2e}"
+    if value == 0 or not -1e308 < value < 1e308:
+        return "0" if value == 0 else str(value)
+    mantissa, _, exponent_text = rounded.partition("e")
+    exponent = int(exponent_text)
+    if not -5 < exponent < 6:
+        return f"{mantissa}e{exponent}"
+    return f"{float(rounded):.{max(2 - exponent, 0)}f}"
+
+
+_SCALES = {"s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns")), "B": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))}
+
+
+def quantity_text(value: float, unit: str) -> str:
+    """``value`` in ``unit`` (``x``, ``s``, ``B`` or none) to three digits: ``2.90x``, ``31.4 us``, ``20.1 GB``."""
+    for scale, name in _SCALES.get(unit, ()):
+        if abs(value) >= scale:
+            return f"{number(value / scale)} {name}"
+    return f"{number(value)}{unit}" if unit == "x" else f"{number(value)} {unit}".rstrip()
+
+
+def claim_line(verdict: ClaimVerdict) -> str:
+    """One line without a vertical bar: restated verdict by hardware, then as stated.
+
+    Example: ``**SUPPORTED** on sm_90: 2.90x (holds ">= 2.57"; 24 records, evidence 3f2a91); as stated **NOT_RUN**
+    (needs_rtx3070)``
+    """
+    parts = [_finding_text(f) for f in verdict.findings[1:]]
+    parts.append("as stated " + _finding_text(verdict.stated))
+    return "; ".join(parts)
+
+
+def _finding_text(found: Finding) -> str:
+    text = f"**{found.word}**"
+    if found.reason:
+        text += f" ({found.reason})"
+    if found.hardware:
+        text += f" on {found.hardware}"
+    if found.value is not None:
+        text += f": {quantity_text(found.value, found.unit)}"
+    inside = []
+    if found.holds:
+        inside.append(f'holds "{found.holds}"')
+    if found.missing:
+        inside.append(f"{len(found.missing)} cells missing")
+    if found.rests_on:
+        count = len(found.rests_on)
+        inside.append(f"{count} record{'s' if count > 1 else ''}, evidence {found.digest[:6]}")
+    return text + (f" ({'; '.join(inside)})" if inside else "")
+
+
+class _Selector:
+    """A table's selector, word by word."""
+
+    def __init__(self, text: str, here: str) -> None:
+        self.here = here
+        self.kind, *words = text.split()
+        self.given: dict[str, str] = {}
+        for word in words:
+            key, sep, value = word.partition("=")
+            if not sep or not key or not value:
+                raise DataError(f"{here}: {word!r} is not key=value")
+            if key in self.given:
+                raise DataError(f"{here}: {key} is given twice")
+            self.given[key] = value
+
+    def take(self, key: str, pattern: str, default: str | None = None) -> str:
+        value = self.given.pop(key, default)
+        if value is None:
+            raise DataError(f"{self.here}: table {self.kind} needs {key}=")
+        if value and not re.fullmatch(pattern, value):
+            raise DataError(f"{self.here}: {key}={value} is not of the form {pattern}")
+        return value
+
+    def done(self) -> None:
+        if self.given:
+            raise DataError(f"{self.here}: table {self.kind} knows no {next(iter(self.given))}=")
+
+
+def _table(
+    selector: _Selector, verdicts: Sequence[ClaimVerdict], records: Sequence[Record], current_sources: CurrentSources
+) -> list[str]:
+    if selector.kind in ("ratio", "value"):
+        return _cells_table(selector, records, current_sources)
+    if selector.kind == "outcomes":
+        return _outcomes_table(selector, records)
+    if selector.kind == "claims":
+        return _claims_table(selector, verdicts)
+    raise DataError(f"{selector.here}: table kind {selector.kind!r} is not one of claims, outcomes, ratio, value")
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(head), "|" + "---|" * len(head), *(line(row) for row in rows)]
+
+
+def _order(value: str) -> tuple[int, int, str]:
+    """Whole numbers by size, then texts."""
+    return (0, int(value), "") if value.isdecimal() else (1, 0, value)
+
+
+def _cells_table(selector: _Selector, records: Sequence[Record], current_sources: CurrentSources) -> list[str]:
+    here, who = selector.here, r"\w+(\[\w+\])?"
+    quantity = selector.take("quantity", r"time\.(graph|wall|cold)|peak_bytes|error\.worst_over_budget|metrics\.\w+")
+    sides = [selector.take("backend", who)]
+    if selector.kind == "ratio":
+        sides.append(selector.take("over", who))
+    op, rows, cols = (selector.take(key, r"\w+") for key in ("op", "rows", "cols"))
+    hardware = selector.take("hardware", CLASS_PATTERN.pattern, "any")
+    seconds = quantity.startswith("time.")
+    kind = selector.take("kind", "check|time", "time" if seconds else "check")
+    wanted = {"seed": ["0"], **{name: value.split(",") for name, value in selector.given.items()}}
+    found: dict[tuple[str, str], dict[str, list[Record]]] = {}
+    cases: dict[tuple[str, str], set[str]] = {}
+    for record in records:
+        got_op, params = case_params(record.case)
+        if record.kind != kind or record.who not in sides or got_op != op:
+            continue
+        unknown = [name for name in (rows, cols, *wanted) if name not in params]
+        if unknown:
+            raise DataError(f"{here}: {op} has no parameter {unknown[0]!r}; it has {', '.join(sorted(params))}")
+        elsewhere = record.hardware not in (hardware, "") and hardware != "any"
+        if elsewhere or any(params[name] not in values for name, values in wanted.items()):
+            continue
+        key = (params[rows], params[cols])
+        cases.setdefault(key, set()).add(record.case)
+        found.setdefault(key, {}).setdefault(record.who, []).append(record)
+    if not found:
+        return ["NOT_RUN (no_records)"]
+    for key, ids in cases.items():
+        if len(ids) > 1:
+            raise DataError(f"{here}: cell {rows}={key[0]}, {cols}={key[1]} has {len(ids)} cases; fix more parameters")
+    unit = "x" if len(sides) == 2 else "s" if seconds else "B" if quantity == "peak_bytes" else ""
+    columns = sorted({c for _, c in found}, key=_order)
+    body = []
+    for row in sorted({r for r, _ in found}, key=_order):
+        cells = [_cell(found.get((row, c), {}), sides, quantity, unit, current_sources) for c in columns]
+        body.append([row, *cells])
+    return _markdown([rows, *(f"{cols}={c}" for c in columns)], body)
+
+
+def _cell(
+    found: dict[str, list[Record]], sides: Sequence[str], quantity: str, unit: str, current_sources: CurrentSources
+) -> str:
+    """One cell: the median over process runs; or why there is none. A wrong peer's figure is marked as wrong."""
+    by_run: list[dict[str, float]] = []
+    wrong = ""
+    for who in sides:
+        side = found.get(who, [])
+        if not side:
+            return "no record"
+        if any(is_stale(r, current_sources) for r in side):
+            return "STALE"
+        values = {r.run: v for r in side if (v := quantity_of(r, quantity)) is not None}
+        if not values:
+            return f"{side[0].outcome.value}({side[0].reason})" if side[0].reason else side[0].outcome.value
+        wrong = wrong or next((r.outcome.value for r in side if r.outcome is not Outcome.PASSED), "")
+        by_run.append(values)
+    runs = sorted(set.intersection(*(set(values) for values in by_run)))
+    if not runs:
+        return "no common run"
+    if len(by_run) == 1:
+        figures = [by_run[0][run] for run in runs]
+    else:
+        first, second = (by_run[1], by_run[0]) if quantity.startswith("time.") else (by_run[0], by_run[1])
+        if any(second[run] == 0 for run in runs):
+            return "over zero"
+        figures = [first[run] / second[run] for run in runs]
+    return quantity_text(statistics.median(figures), unit) + (f" ({wrong})" if wrong else "")
+
+
+def _outcomes_table(selector: _Selector, records: Sequence[Record]) -> list[str]:
+    hardware = selector.take("hardware", CLASS_PATTERN.pattern, "any")
+    kinds = selector.take("kind", "check|time", "")
+    suite = selector.take("suite", r"\w+", "")
+    selector.done()
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    for r in records:
+        if r.kind not in ("check", "time") or (kinds and r.kind != kinds) or (suite and r.suite != suite):
+            continue
+        if hardware not in ("any", r.hardware) and r.outcome is not Outcome.UNAVAILABLE:
+            continue
+        counts.setdefault((r.who, case_params(r.case)[0]), Counter())[r.outcome.value] += 1
+    if not counts:
+        return ["NOT_RUN (no_records)"]
+    ops = sorted({op for _, op in counts})
+    order = {outcome.value: i for i, outcome in enumerate(Outcome)}
+
+    def cell(who: str, op: str) -> str:
+        inside = counts.get((who, op), Counter())
+        return ", ".join(f"{inside[o]} {o}" for o in sorted(inside, key=order.__getitem__)) or "-"
+
+    return _markdown(
+        ["backend", *ops], ([who, *(cell(who, op) for op in ops)] for who in sorted({w for w, _ in counts}))
+    )
+
+
+def _claims_table(selector: _Selector, verdicts: Sequence[ClaimVerdict]) -> list[str]:
+    words = (*VERDICT_WORDS, "STALE")
+    only = selector.take("only", rf"({'|'.join(words)})(,({'|'.join(words)}))*", "").split(",")
+    prefix = selector.take("prefix", r"[\w.]+", "")
+    selector.done()
+    rows = []
+    for v in verdicts:
+        if not v.claim.startswith(prefix) or (only != [""] and not any(f.word in only for f in v.findings)):
+            continue
+        restated = "; ".join(_short(f) for f in v.findings[1:]) or "-"
+        rows.append([v.claim, _short(v.stated), restated])
+    return _markdown(["claim", "as stated", "restated"], rows) if rows else ["no claim"]
+
+
+def _short(found: Finding) -> str:
+    text = found.label + (f" on {found.hardware}" if found.hardware and found.word != "NOT_RUN" else "")
+    if found.value is None:
+        return text
+    held = f" (holds {found.holds})" if found.holds else ""
+    return f"{text}: {quantity_text(found.value, found.unit)}{held}"
