@@ -61,7 +61,7 @@ def parse(expression: str) -> ast.expr:
     try:
         tree = ast.parse(source, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        column = getattr(error, "offset", None) or 1
+        column = getattr(error, "offset", None) or len(source) + 1
         raise DataError(f"column {column}: {source!r} is not an arithmetic expression") from None
     _validate(tree, source)
     return tree

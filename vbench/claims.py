@@ -25,7 +25,14 @@ from vbench.errors import DataError
 VERDICT_WORDS = ("SUPPORTED", "REFUTED", "INCONCLUSIVE", "NOT_RUN")
 METRICS = ("ratio", "value", "fraction_passed")
 KINDS = ("check", "time")
-PLAIN_QUANTITIES = ("time.graph", "time.wall", "time.cold", "peak_bytes", "error.worst_over_budget")
+PLAIN_QUANTITIES = (
+    "time.graph",
+    "time.wall",
+    "time.cold",
+    "peak_bytes",
+    "error.worst_over_budget",
+    "error.correctly_rounded",
+)
 #: Hardware classes of records (``Record.hardware``) a restated sentence may name; ``any``: each class by itself.
 CLASS_PATTERN = re.compile(r"cpu|any|sm_[0-9]+[a-z]?")
 #: Cards a document may have measured on -> text that stands in the environment's ``gpu`` of records made there.

@@ -6,8 +6,9 @@ What is a numeral
     numerals (``3-4``), so are the parts of a date, the numbers of a list, and digits in code blocks and tables. A unit
     glued behind stays outside: ``163M`` is 163.
 What is a name, and so no numeral
-    Digits glued behind an ASCII letter or an underscore (``FP4``, ``x2.py``, ``float32``, ``V2``), and the product
-    names in ``NAMES``. Nothing else: in doubt a digit counts, and the ledger excludes it with a reason.
+    Digits glued behind an ASCII letter or an underscore (``FP4``, ``test_x2.py``, ``float32``, ``V2``), and the
+    product names in ``NAMES``. A lone ``x`` is a multiplication sign, not a letter: ``x2.57`` is 2.57. Nothing else is
+    a name: in doubt a digit counts, and the ledger excludes it with a reason. Superscripts (N²) belong to a formula.
 
 Spans
     ``<!-- vbench:claim ID -->...<!-- /vbench -->`` anywhere, in a table's cell too, holds one line.
@@ -48,7 +49,7 @@ NAMES = (r"RTX [0-9]{4}", r"GPT-[0-9]", r"LLaMA-[0-9]+B", r"Llama-[0-9]+-[0-9]+B
 _FULL_WIDTH = {0xFF10 + i: ord("0") + i for i in range(10)} | {0x2212: ord("-"), 0xFF0D: ord("-")}
 _TOKEN = re.compile(
     rf"(?P<name>(?<![A-Za-z])(?:{'|'.join(NAMES)})(?![0-9])"
-    r"|[A-Za-z_]+[0-9]+(?:\.[0-9]+)*)"
+    r"|(?!(?<![A-Za-z_])[xX][0-9])[A-Za-z_]+[0-9]+(?:\.[0-9]+)*)"
     r"|(?P<number>(?:(?<![\w)\]\-])-)?"
     r"(?:0[xX][0-9a-fA-F]+|[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)*)"
     r"(?:[eE][-+]?[0-9]+)?)"
@@ -180,7 +181,7 @@ def coverage(text: str, ledger: Ledger) -> list[Gap]:
     return gaps + lost
 
 
-# -- spans --------------------------------------------------------------------------------------------------------------
+# -- spans ----------------------------------------------------------------------------------------------------------
 
 _MARK = re.compile(r"<!--\s*(/?)\s*vbench\b(.*?)-->", re.DOTALL)
 
@@ -419,7 +420,9 @@ def _order(value: str) -> tuple[int, int, str]:
 
 def _cells_table(selector: _Selector, records: Sequence[Record], current_sources: CurrentSources) -> list[str]:
     here, who = selector.here, r"\w+(\[\w+\])?"
-    quantity = selector.take("quantity", r"time\.(graph|wall|cold)|peak_bytes|error\.worst_over_budget|metrics\.\w+")
+    quantity = selector.take(
+        "quantity", r"time\.(graph|wall|cold)|peak_bytes|error\.(worst_over_budget|correctly_rounded)|metrics\.\w+"
+    )
     sides = [selector.take("backend", who)]
     if selector.kind == "ratio":
         sides.append(selector.take("over", who))

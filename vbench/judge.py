@@ -235,6 +235,8 @@ def quantity_of(record: Record, quantity: str) -> float | None:
         return None if record.peak_bytes is None else float(record.peak_bytes)
     if quantity == "error.worst_over_budget":
         return None if record.error is None else record.error.worst_over_budget
+    if quantity == "error.correctly_rounded":
+        return None if record.error is None else record.error.correctly_rounded
     return record.metrics.get(quantity.removeprefix("metrics."))
 
 
