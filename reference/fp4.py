@@ -150,7 +150,8 @@ def make_weight(case: Case, dtype: torch.dtype, device: str) -> Tensor:
     else:
         w = torch.randn(n, k, generator=gen) * 0.02
         if dist == "outlier":
-            w[torch.randint(0, n, (max(1, n // 16),), generator=gen), 0] = 3.0
+            rows = torch.randint(0, n, (max(1, n // 16),), generator=gen)
+            w[rows, 0] = 3.0 + torch.rand(len(rows), generator=gen)
         elif dist in ("nan", "inf"):
             w[n // 2, k // 2] = float(dist)
     return w.to(dtype).to(device)

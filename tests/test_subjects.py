@@ -298,6 +298,8 @@ def test_peer_linears_are_within_their_declared_budget(variant: str, case: Case)
     # F.linear's result is stored before gelu or silu reads it: with a bias that rounding is relative to x W + b, for
     # which numerics have no word.
     assume(not (case.axis("bias") and case.text("act") in ("gelu", "silu") and dtype != "fp32"))
+    # Sums of grid values may exceed float16's range, for which the budgeted comparison has no infinity.
+    assume(not (case.text("dist") == "grid" and dtype == "fp16" and case.text("act") in ("gelu", "silu")))
     assert judge(make(TORCH_NATIVE, case, variant), case)["y"] <= 1
 
 

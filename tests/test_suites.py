@@ -140,7 +140,12 @@ def test_drawn_cases_are_valid_and_small(name: str, data: st.DataObject) -> None
     assert op_of(case).parse(case.id) == case
     assert elements(case) <= 400_000
     rejected = op_of(case).reject(case)
-    assert rejected is None or all(rejected)
+    if rejected is not None:
+        assert all(rejected)
+    elif name == "fp4_linear":
+        assert case.axis("m") * case.axis("n") >= strategies.MANY
+    elif name == "attention":
+        assert case.axis("b") * case.axis("hq") * case.axis("sq") * case.axis("d") > 1
     if name == "tier_stack":
         assert case.axis("file_bytes") >= case.axis("keys") * case.axis("item_bytes")
 

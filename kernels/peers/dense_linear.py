@@ -1,0 +1,111 @@
+"""Peers of ``fp4_linear``: a dense matrix product on the decoded weight.
+
+Variants
+    cublas_bf16, cublas_fp16, cublas_fp32: the weight is decoded once, outside the clock, to the dtype named, which
+        must be x's: what a user without FP4 runs. cuBLAS on ``cuda``, torch's CPU library on ``cpu``.
+    eager_dequant: the weight stays packed; every launch decodes it with eager torch and then multiplies, as torchao's
+        weight-only NVFP4 does (nvfp4_tensor.py: ``dequantize()`` then ``F.linear``).
+Settings are torch's defaults, but for TF32, which is off. By default torch lets cuBLAS round split-K partial sums to
+the half type ("Reduced Precision Reduction" in torch's numerical accuracy notes); the numerics say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbench.backend import Device, Kernel, Launch
+from vbench.errors import Unsupported
+from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics
+
+#: E2M1 values by code (OCP Microscaling v1.0), bit 3 is the sign.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+ABSMAX7 = tuple(float(code - 8) for code in range(16))
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.nn.functional.relu,
+    "gelu": torch.nn.functional.gelu,
+    "silu": torch.nn.functional.silu,
+}
+
+VARIANT_DTYPES = {"cublas_bf16": "bf16", "cublas_fp16": "fp16", "cublas_fp32": "fp32"}
+
+
+def decode(table: Tensor, codes: Tensor, scale: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weight [n, k] in ``dtype``: table value x scale x global scale in float32, rounded once.
+
+    Args:
+        table: float32 [16].
+        codes: u8 [n, k/2], element 0 in the low nibble.
+        scale: [1], [n] or [n, k/group], float32 or float8_e4m3fn.
+        global_scale: float32 [1].
+    """
+    n, half = codes.shape
+    values = table[torch.stack((codes & 0xF, codes >> 4), dim=-1).reshape(n, 2 * half).int()]
+    s = scale.to(torch.float32)
+    groups = s.shape[1] if s.dim() == 2 else 1
+    product = values.reshape(n, groups, -1) * s.reshape(-1, groups, 1) * global_scale
+    return product.reshape(n, 2 * half).to(dtype)
+
+
+@dataclass(slots=True)
+class DenseLinear:
+    """``F.linear`` then the activation.
+
+    Args:
+        each_launch: decode inside the launch instead of once in ``bind``.
+    """
+
+    fmt: str
+    act: str
+    dtype: torch.dtype
+    each_launch: bool
+    numerics: Numerics
+    produces: tuple[str, ...] = ("y",)
+    deterministic: bool = True
+
+    def bind(self, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> Launch:
+        """See ``vbench.backend.Kernel.bind``."""
+        x, bias = inputs["x"], inputs.get("bias")
+        codes, scale, global_scale = inputs["codes"], inputs["scale"], inputs["global_scale"]
+        table = torch.tensor(E2M1 if self.fmt == "nvfp4" else ABSMAX7, dtype=torch.float32, device=x.device)
+        activation = ACTIVATIONS.get(self.act)
+        if x.device.type == "cuda":
+            torch.set_float32_matmul_precision("highest")
+        dense = None if self.each_launch else decode(table, codes, scale, global_scale, self.dtype)
+
+        def launch() -> Mapping[str, Tensor]:
+            w = decode(table, codes, scale, global_scale, self.dtype) if dense is None else dense
+            y = torch.nn.functional.linear(x, w, bias)
+            return {"y": y if activation is None else activation(y)}
+
+        return launch
+
+
+def make(case: Case, variant: str, device: Device) -> Kernel:
+    """Raises Unsupported: ``unknown_variant``; ``dtype_not_of_variant`` where x has another dtype than the variant."""
+    x, act = case.text("x"), case.text("act")
+    if variant != "eager_dequant" and variant not in VARIANT_DTYPES:
+        raise Unsupported("unknown_variant", f"{variant!r} is not one of eager_dequant, {', '.join(VARIANT_DTYPES)}")
+    if VARIANT_DTYPES.get(variant, x) != x:
+        raise Unsupported("dtype_not_of_variant", f"{variant} multiplies {VARIANT_DTYPES[variant]}, x is {x}")
+    # Grid weights (small integers or halves times powers of two) and zeros fit every dtype; any other float32 scale
+    # needs more bits than the decoded weight has.
+    exact = case.text("dist") in ("grid", "zeros")
+    roundings: tuple[str, ...] = () if exact else ("fp32",) if x == "fp32" else ("fp32", x)
+    if x != "fp32" and device == "cuda":
+        roundings += (x,)  # split-K partial sums
+    if act in ("gelu", "silu"):
+        roundings += (x,)  # F.linear's result is stored before the activation reads it
+    accumulate = "tensor_core" if device == "cuda" and x != "fp32" else "fp32"
+    return DenseLinear(
+        case.text("fmt"),
+        act,
+        getattr(torch, TORCH_DTYPE_NAMES[x]),
+        variant == "eager_dequant",
+        Numerics(accumulate, operand_roundings=roundings),
+    )

@@ -1,0 +1,43 @@
+"""Backend ``torch_native``: what a user of plain torch picks instead, each choice forced by name.
+
+torch has no FP4 codec, so ``fp4_quantize`` and ``fp4_dequantize`` are not offered.
+"""
+
+from __future__ import annotations
+
+from vbench.backend import Availability, DeclaredBackend, Device
+
+
+def probe(device: Device) -> Availability:
+    """Usable on the CPU always, on ``cuda`` where torch finds a device.
+
+    Switches TF32 off for float32 products (the caller asked for fp32) and records the setting in ``versions``.
+    """
+    import torch
+
+    versions = {"torch": str(torch.__version__)}
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            return Availability(False, "none", "torch finds no CUDA device; run with --device cpu", versions)
+        torch.set_float32_matmul_precision("highest")
+        versions["float32_matmul_precision"] = torch.get_float32_matmul_precision()
+        versions["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
+    return Availability(True, "native", "", versions)
+
+
+BACKEND = DeclaredBackend(
+    name="torch_native",
+    role="peer",
+    summary="plain torch: cuBLAS on a decoded weight, SDPA with each of its backends forced, everything resident",
+    ops={
+        "fp4_linear": "vbench.kernels.peers.dense_linear:make",
+        "attention": "vbench.kernels.peers.sdpa:make",
+        "tier_stack": "vbench.kernels.peers.all_resident:make",
+    },
+    variants={
+        "fp4_linear": ("cublas_bf16", "cublas_fp16", "cublas_fp32", "eager_dequant"),
+        "attention": ("sdpa_math", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient"),
+        "tier_stack": ("all_resident",),
+    },
+    probe_function="vbench.kernels.peers.torch_native:probe",
+)

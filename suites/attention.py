@@ -1,0 +1,85 @@
+"""Suite ``attention``: softmax attention, forward, with its log-sum-exp."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Literal
+
+from vbench.reference.ops import ATTENTION, ATTENTION_DISTRIBUTIONS, DTYPES
+from vbench.spec import BenchCase, Case, Generated, Suite
+
+Effort = Literal["quick", "standard", "full"]
+
+op = ATTENTION
+
+
+def _checks() -> tuple[Case, ...]:
+    masks = ("top_left", "bottom_right")
+    return (
+        # Both alignments with more queries than keys and the other way round; bottom_right with sq > sk has rows with
+        # nothing to attend to (out 0, lse -inf).
+        *(
+            op.case(dtype=dtype, causal=causal, hq=2, hk=2, sq=sq, sk=sk, d=16)
+            for dtype, causal, (sq, sk) in product(DTYPES, ("none", *masks), ((17, 33), (33, 17)))
+        ),
+        *(op.case(dtype="fp32", causal=causal, hq=1, hk=1, sq=32, sk=32, d=16) for causal in masks),
+        # Grouped and single key heads, with a batch.
+        *(op.case(dtype=dtype, causal="bottom_right", b=2, hq=4, hk=2, sq=9, sk=21, d=16) for dtype in DTYPES),
+        op.case(dtype="fp32", causal="none", b=2, hq=4, hk=1, sq=7, sk=13, d=16),
+        op.case(dtype="bf16", causal="top_left", b=1, hq=6, hk=2, sq=16, sk=16, d=8),
+        # Every row but the last masked; one query against a cache; one key; one of everything.
+        op.case(dtype="fp16", causal="bottom_right", hq=1, hk=1, sq=33, sk=1, d=16),
+        op.case(dtype="bf16", causal="bottom_right", hq=4, hk=2, sq=1, sk=40, d=32),
+        op.case(dtype="fp32", causal="none", hq=2, hk=2, sq=5, sk=1, d=16),
+        op.case(dtype="fp32", causal="top_left", hq=1, hk=1, sq=1, sk=1, d=1),
+        # Head dimensions that are no power of two, and lengths one past a tile.
+        *(op.case(dtype=dtype, causal="none", hq=1, hk=1, sq=17, sk=19, d=40) for dtype in DTYPES),
+        op.case(dtype="fp32", causal="none", hq=1, hk=1, sq=3, sk=5, d=3),
+        op.case(dtype="fp16", causal="none", hq=1, hk=1, sq=65, sk=65, d=16),
+        op.case(dtype="fp32", causal="bottom_right", hq=1, hk=1, sq=16, sk=129, d=16),
+        *(
+            op.case(dtype=dtype, causal="none", dist=dist, hq=2, hk=2, sq=8, sk=24, d=16)
+            for dtype, dist in product(DTYPES, ATTENTION_DISTRIBUTIONS)
+            if dist != "normal"
+        ),
+        # What must be refused.
+        op.case(hq=3, hk=2, sq=4, sk=4, d=16),
+        op.case(hq=1, hk=1, sq=0, sk=4, d=16),
+        op.case(hq=1, hk=1, sq=4, sk=0, d=16),
+        # Large enough for the document's error figures to show.
+        *(
+            op.case(dtype="fp16", causal="none", dist=dist, b=1, hq=2, hk=2, sq=256, sk=256, d=64)
+            for dist in ("normal", "large_logits")
+        ),
+    )
+
+
+#: The FlashAttention papers' sweep: 16384 tokens a batch, hidden size 2048.
+TOKENS, HIDDEN = 16384, 2048
+LENGTHS = (512, 1024, 4096, 16384)
+PAPERS = "FlashAttention-2 and -3 papers, section on speed: 16k tokens, hidden dimension 2048"
+LLAMA3 = (
+    "Llama-3-8B (meta-llama/Meta-Llama-3-8B config.json: num_attention_heads=32, num_key_value_heads=8), 16k tokens"
+)
+
+
+def _benches() -> tuple[BenchCase, ...]:
+    out: list[BenchCase] = []
+    for s, causal in product(LENGTHS, ("none", "bottom_right")):
+        effort: Effort = "quick" if s == 4096 else "standard"
+        for d in (64, 128):
+            heads = HIDDEN // d
+            case = op.case(dtype="bf16", causal=causal, b=TOKENS // s, hq=heads, hk=heads, sq=s, sk=s, d=d)
+            out.append(BenchCase(case, PAPERS, effort))
+        grouped = op.case(dtype="bf16", causal=causal, b=TOKENS // s, hq=32, hk=8, sq=s, sk=s, d=128)
+        out.append(BenchCase(grouped, LLAMA3, "standard"))
+    return tuple(out)
+
+
+SUITE = Suite(
+    name="attention",
+    summary="attention forward with log-sum-exp: both causal alignments, grouped heads, masked rows; 16k-token sweep",
+    checks=_checks(),
+    generated=(Generated("vbench.suites.strategies:attention_cases", (15, 100, 1000)),),
+    benches=_benches(),
+)

@@ -1,0 +1,143 @@
+"""Suite ``fp4``: the codec and the linear layer on 4-bit weights.
+
+Check cases are small, since they also run interpreted and simulated on a CPU; those at 512 x 512 exist for the metrics
+(accuracy by distribution) that claims read.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Literal
+
+from vbench.reference.ops import DTYPES, FORMATS, FP4_DEQUANTIZE, FP4_LINEAR, FP4_QUANTIZE
+from vbench.spec import BenchCase, Case, Generated, Suite
+
+Effort = Literal["quick", "standard", "full"]
+
+#: Smallest k that every format's block divides.
+K = 128
+
+#: The accuracy claims' distributions and size: 262144 weights are 16384 nvfp4 blocks, enough for three digits.
+METRIC_DISTRIBUTIONS = ("normal", "uniform", "laplace")
+METRIC_SIZE = 512
+
+
+def _quantize_checks() -> tuple[Case, ...]:
+    op = FP4_QUANTIZE
+    return (
+        *(op.case(fmt=fmt, w=w, n=5, k=K) for fmt, w in product(FORMATS, DTYPES)),
+        *(
+            op.case(fmt=fmt, w="fp32", dist=dist, n=3, k=K)
+            for fmt, dist in product(FORMATS, ("uniform", "laplace", "student5", "grid", "zeros", "outlier"))
+        ),
+        # Tails: one row, one pair, one block, a prime number of rows, k no power of two.
+        op.case(fmt="absmax7_tensor", w="fp32", n=1, k=2),
+        op.case(fmt="absmax7_row", w="bf16", n=7, k=2),
+        op.case(fmt="absmax7_row", w="fp32", n=37, k=34),
+        op.case(fmt="absmax7_g128", w="fp16", n=1, k=K),
+        op.case(fmt="nvfp4", w="bf16", n=1, k=16),
+        op.case(fmt="nvfp4", w="fp32", n=33, k=48),
+        # What must be refused.
+        op.case(fmt="absmax7_row", n=2, k=3),
+        op.case(fmt="nvfp4", n=2, k=24),
+        op.case(fmt="absmax7_g128", n=2, k=64),
+        op.case(fmt="nvfp4", dist="nan", n=2, k=16),
+        op.case(fmt="absmax7_tensor", dist="inf", n=2, k=16),
+        *(
+            op.case(fmt=fmt, w="fp32", dist=dist, n=METRIC_SIZE, k=METRIC_SIZE)
+            for fmt, dist in product(FORMATS, METRIC_DISTRIBUTIONS)
+        ),
+    )
+
+
+def _dequantize_checks() -> tuple[Case, ...]:
+    op = FP4_DEQUANTIZE
+    return (
+        *(op.case(fmt=fmt, y=y, n=5, k=K) for fmt, y in product(FORMATS, DTYPES)),
+        # Grid draws the codes themselves, so that the one no encoder writes (absmax7's 0) and -0 (nvfp4's 8) occur.
+        *(op.case(fmt=fmt, y=y, dist="grid", n=3, k=K) for fmt, y in product(FORMATS, ("bf16", "fp32"))),
+        *(op.case(fmt=fmt, y="fp16", dist="outlier", n=17, k=K) for fmt in FORMATS),
+        op.case(fmt="nvfp4", y="fp32", dist="zeros", n=2, k=16),
+        op.case(fmt="absmax7_tensor", y="bf16", n=1, k=2),
+        op.case(fmt="nvfp4", y="bf16", n=33, k=48),
+        op.case(fmt="absmax7_row", y="bf16", n=2, k=5),
+    )
+
+
+def _linear_checks() -> tuple[Case, ...]:
+    op = FP4_LINEAR
+    # Every activation with and without bias for every format; the dtype cycles so that each meets each activation.
+    epilogues = (
+        op.case(fmt=fmt, x=DTYPES[(i + j) % 3], act=act, bias=bias, m=3, n=17, k=K if fmt == "absmax7_g128" else 48)
+        for i, fmt in enumerate(FORMATS)
+        for j, (act, bias) in enumerate(product(("none", "relu", "gelu", "silu"), (0, 1)))
+    )
+    return (
+        *epilogues,
+        # Exact sums: zero tolerance whatever the order; more than 11 significant bits in float32 catch TF32.
+        *(op.case(fmt=fmt, x=x, dist="grid", m=2, n=16, k=K) for fmt, x in product(FORMATS, DTYPES)),
+        op.case(fmt="nvfp4", x="fp32", act="relu", bias=1, dist="grid", m=5, n=9, k=32),
+        # One token, one output, one block, primes.
+        op.case(fmt="nvfp4", x="bf16", m=1, n=1, k=16),
+        op.case(fmt="absmax7_row", x="fp16", m=1, n=31, k=2),
+        op.case(fmt="absmax7_tensor", x="fp32", m=1, n=32, k=64),
+        op.case(fmt="absmax7_g128", x="bf16", m=1, n=13, k=2 * K),
+        op.case(fmt="nvfp4", x="fp16", m=17, n=19, k=80),
+        op.case(fmt="absmax7_row", x="bf16", m=33, n=7, k=34),
+        *(op.case(fmt=fmt, x="bf16", dist="outlier", m=2, n=8, k=K) for fmt in FORMATS),
+        op.case(fmt="nvfp4", x="bf16", bias=1, dist="zeros", m=2, n=8, k=16),
+        # What must be refused.
+        op.case(fmt="nvfp4", m=0, n=8, k=16),
+        op.case(fmt="nvfp4", m=1, n=0, k=16),
+        op.case(fmt="absmax7_row", m=1, n=8, k=7),
+        op.case(fmt="nvfp4", m=1, n=8, k=40),
+    )
+
+
+LLAMA3 = "Llama-3-8B (meta-llama/Meta-Llama-3-8B config.json: hidden_size=4096, intermediate_size=14336)"
+BENCH_SHAPES = {
+    (14336, 4096): f"gate_proj, up_proj of {LLAMA3}",
+    (4096, 14336): f"down_proj of {LLAMA3}",
+    (4096, 4096): f"q_proj, o_proj of {LLAMA3}",
+}
+BENCH_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+STANDARD_FORMATS = ("absmax7_row", "absmax7_g128", "nvfp4")
+
+
+def _linear_effort(fmt: str, n: int, k: int, m: int) -> Effort:
+    if fmt not in STANDARD_FORMATS:
+        return "full"
+    quick = (n, k) == (14336, 4096) and m in (1, 16, 1024) and fmt in ("nvfp4", "absmax7_row")
+    return "quick" if quick else "standard"
+
+
+def _benches() -> tuple[BenchCase, ...]:
+    linear = (
+        BenchCase(FP4_LINEAR.case(fmt=fmt, x="bf16", m=m, n=n, k=k), source, _linear_effort(fmt, n, k, m))
+        for (n, k), source in BENCH_SHAPES.items()
+        for m in BENCH_TOKENS
+        for fmt in FORMATS
+    )
+    n, k = 14336, 4096
+    codec = (
+        BenchCase(case, BENCH_SHAPES[n, k], "standard" if fmt in STANDARD_FORMATS else "full")
+        for fmt in FORMATS
+        for case in (
+            FP4_QUANTIZE.case(fmt=fmt, w="bf16", n=n, k=k),
+            FP4_DEQUANTIZE.case(fmt=fmt, y="bf16", n=n, k=k),
+        )
+    )
+    return (*linear, *codec)
+
+
+SUITE = Suite(
+    name="fp4",
+    summary="4-bit codec and linear layer: exact encoders, fused decode and multiply, speed at Llama-3-8B shapes",
+    checks=(*_quantize_checks(), *_dequantize_checks(), *_linear_checks()),
+    generated=(
+        Generated("vbench.suites.strategies:fp4_quantize_cases", (15, 100, 1000)),
+        Generated("vbench.suites.strategies:fp4_dequantize_cases", (15, 100, 1000)),
+        Generated("vbench.suites.strategies:fp4_linear_cases", (15, 100, 1000)),
+    ),
+    benches=_benches(),
+)

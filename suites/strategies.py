@@ -1,0 +1,166 @@
+"""Hypothesis strategies of small check cases, every parameter drawn, sizes fit for interpreters and simulators.
+
+About one case in twelve breaks a rule of its op on purpose (odd k, NaN, nothing to compute) and must end UNSUPPORTED.
+Imports Hypothesis, so the suites name these functions by text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from vbench.reference.ops import (
+    ATTENTION,
+    ATTENTION_DISTRIBUTIONS,
+    DTYPES,
+    FORMAT_GROUPS,
+    FORMATS,
+    FP4_DEQUANTIZE,
+    FP4_LINEAR,
+    FP4_QUANTIZE,
+    TIER_STACK,
+    WEIGHT_DISTRIBUTIONS,
+)
+from vbench.spec import Case, Op
+
+FINITE_DISTRIBUTIONS = tuple(dist for dist in WEIGHT_DISTRIBUTIONS if dist not in ("nan", "inf"))
+
+#: One case in this many is a bad one.
+BAD_ONE_IN = 12
+
+#: So many random outputs do not all agree with their mean to within bfloat16's budget.
+MANY = 6
+
+_seeds = st.integers(0, 7)
+
+
+def _keep_answerable(values: dict[str, Any], dtype_parameter: str) -> None:
+    """Change the draws whose right answer a kernel that does no work could give too, or that has no finite answer.
+
+    An outlier leaves nothing but zeros among the weights that share its absmax scale, so the answer hardly depends on
+    the draw; very few weights repeat from draw to draw, and very few outputs may all lie near their mean, or all be
+    negative, which relu makes zero. One output
+    alone is tagged degenerate by the oracle; the fixed cases have it.
+    """
+    fmt, dist, act = values["fmt"], values["dist"], values.get("act")
+    if dist == "outlier" and fmt == "absmax7_tensor":
+        values["dist"] = "student5"
+    elif dist == "outlier":
+        values["n"] = max(values["n"], 2)
+    if dist == "grid":
+        values["n"] = max(values["n"], 4)
+    values["n"] = max(values["n"], -(-16 // values["k"]))
+    if act is not None and values["m"] * values["n"] < MANY:
+        values["n"] = MANY
+    if act == "relu" or (act in ("gelu", "silu") and dist == "grid"):
+        values["n"] = max(values["n"], 24)
+    if dist == "grid" and values[dtype_parameter] == "fp16" and act in ("gelu", "silu"):
+        # Grid sums may exceed float16's 65504. Where the oracle rounds (none, relu) infinity is then the right answer;
+        # its budgeted comparison, which gelu and silu need, has no infinity.
+        values["act"] = "relu"
+
+
+@st.composite
+def _weights(draw: st.DrawFn, op: Op, dtype_parameter: str, extra: dict[str, SearchStrategy[Any]]) -> Case:
+    """A case of an op on a weight [n, k]: format and k that fit each other, unless the case is a bad one."""
+    fmt = draw(st.sampled_from(FORMATS))
+    group = FORMAT_GROUPS[fmt]
+    block = group if group > 0 else 2
+    values: dict[str, Any] = {
+        "fmt": fmt,
+        dtype_parameter: draw(st.sampled_from(DTYPES)),
+        "dist": draw(st.sampled_from(FINITE_DISTRIBUTIONS)),
+        "n": draw(st.integers(1, 64 if group != 128 else 16)),
+        "k": block * draw(st.integers(1, max(1, 64 // block))),
+        **{name: draw(strategy) for name, strategy in extra.items()},
+    }
+    _keep_answerable(values, dtype_parameter)
+    if draw(st.integers(1, BAD_ONE_IN)) == BAD_ONE_IN:
+        values |= draw(
+            st.sampled_from(
+                (
+                    {"k": values["k"] + 1},
+                    {"n": 0},
+                    {"dist": "nan"},
+                    {"dist": "inf"},
+                    # Even, but half a block where there are blocks.
+                    {"k": values["k"] + block // 2} if group > 0 else {"k": 0},
+                    {"m": 0} if "m" in values else {"n": 0, "k": 0},
+                )
+            )
+        )
+    return op.case(seed=draw(_seeds), **values)
+
+
+def fp4_quantize_cases() -> SearchStrategy[Case]:
+    """fp4_quantize: n <= 64, k <= 64 (128 for g128)."""
+    return _weights(FP4_QUANTIZE, "w", {})
+
+
+def fp4_dequantize_cases() -> SearchStrategy[Case]:
+    """fp4_dequantize: n <= 64, k <= 64 (128 for g128)."""
+    return _weights(FP4_DEQUANTIZE, "y", {})
+
+
+def fp4_linear_cases() -> SearchStrategy[Case]:
+    """fp4_linear: as the codec, m <= 8, with every activation and bias; m = 0 is one of the bad ones."""
+    return _weights(
+        FP4_LINEAR,
+        "x",
+        {
+            "act": st.sampled_from(("none", "relu", "gelu", "silu")),
+            "bias": st.integers(0, 1),
+            "m": st.integers(1, 8),
+        },
+    )
+
+
+@st.composite
+def _attention(draw: st.DrawFn) -> Case:
+    hk = draw(st.integers(1, 2))
+    values: dict[str, Any] = {
+        "dtype": draw(st.sampled_from(DTYPES)),
+        "causal": draw(st.sampled_from(("none", "top_left", "bottom_right"))),
+        "dist": draw(st.sampled_from(ATTENTION_DISTRIBUTIONS)),
+        "b": draw(st.integers(1, 2)),
+        "hq": hk * draw(st.integers(1, 3)),
+        "hk": hk,
+        "sq": draw(st.integers(1, 40)),
+        "sk": draw(st.integers(1, 40)),
+        "d": draw(st.one_of(st.sampled_from((8, 16, 32, 40)), st.integers(1, 40))),
+    }
+    if values["b"] * values["hq"] * values["sq"] == 1:
+        # A few outputs may all lie near their mean, which a kernel returning the mean would then have right.
+        values["d"] = max(values["d"], MANY)
+    if draw(st.integers(1, BAD_ONE_IN)) == BAD_ONE_IN:
+        values |= draw(st.sampled_from(({"hq": 3, "hk": 2}, {"sq": 0}, {"sk": 0}, {"d": 0}, {"b": 0}, {"hk": 0})))
+    return ATTENTION.case(seed=draw(_seeds), **values)
+
+
+def attention_cases() -> SearchStrategy[Case]:
+    """attention: sq, sk, d <= 40, up to 6 query heads, both alignments, so that some draws mask whole rows."""
+    return _attention()
+
+
+@st.composite
+def _tier(draw: st.DrawFn) -> Case:
+    keys, item_bytes = draw(st.integers(1, 6)), draw(st.integers(1, 48))
+    capacity = st.integers(1, 4 * item_bytes)
+    return TIER_STACK.case(
+        seed=draw(_seeds),
+        trace=draw(st.sampled_from(("mixed", "cyclic", "palindrome", "resident"))),
+        keys=keys,
+        item_bytes=item_bytes,
+        steps=draw(st.integers(1, 48)),
+        gpu_bytes=draw(capacity),
+        host_bytes=draw(capacity),
+        # Room for every key, so that no trace fills the stack.
+        file_bytes=keys * item_bytes + draw(st.integers(0, 16)),
+    )
+
+
+def tier_cases() -> SearchStrategy[Case]:
+    """tier_stack: up to 6 keys of up to 48 bytes, 48 steps; capacities from one byte, so items may pass levels by."""
+    return _tier()

@@ -1,0 +1,68 @@
+"""Suite ``tier``: the stack of memory levels against the dictionary model, and what it costs over having it all.
+
+Trace cyclic is LRU's worst case: with fewer places than keys every access misses.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Literal
+
+from vbench.reference.ops import TIER_STACK
+from vbench.spec import BenchCase, Case, Generated, Suite
+
+op = TIER_STACK
+TRACES = ("mixed", "cyclic", "palindrome")
+
+#: The metric cases: 8 keys of 4 KiB, half of which fit level 0 and all of which fit in ``resident``.
+METRIC = {"keys": 8, "item_bytes": 4096, "steps": 64, "host_bytes": 65536, "file_bytes": 1048576}
+
+
+def _checks() -> tuple[Case, ...]:
+    small = {"keys": 5, "steps": 40, "host_bytes": 64, "file_bytes": 1024}
+    return (
+        *(op.case(trace=trace, item_bytes=32, gpu_bytes=64, **small) for trace in (*TRACES, "resident")),
+        *(op.case(trace="mixed", item_bytes=32, gpu_bytes=64, seed=seed, **small) for seed in range(1, 6)),
+        # Values larger than level 0, larger than levels 0 and 1, and an exact fit.
+        op.case(trace="mixed", item_bytes=96, gpu_bytes=16, **small),
+        op.case(trace="cyclic", item_bytes=33, gpu_bytes=32, **small),
+        op.case(trace="cyclic", item_bytes=80, gpu_bytes=32, **small),
+        op.case(trace="palindrome", item_bytes=16, gpu_bytes=80, **small),
+        # One key; no step after the puts; fewer steps than keys.
+        op.case(trace="resident", keys=1, item_bytes=1, steps=8, gpu_bytes=1, host_bytes=1, file_bytes=1),
+        op.case(trace="cyclic", keys=4, item_bytes=8, steps=4, gpu_bytes=16, host_bytes=16, file_bytes=64),
+        op.case(trace="mixed", keys=6, item_bytes=8, steps=3, gpu_bytes=16, host_bytes=16, file_bytes=64),
+        *(op.case(trace=trace, gpu_bytes=16384, **METRIC) for trace in TRACES),
+        op.case(trace="resident", gpu_bytes=65536, **METRIC),
+    )
+
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+SOURCE = "16 layers of equal size through a level 0 that holds a quarter of them (resident: all)"
+
+
+def _benches() -> tuple[BenchCase, ...]:
+    """16 keys, 64 steps: large items for the transfers, small ones for the bookkeeping alone."""
+    efforts: tuple[tuple[Literal["quick", "standard"], int], ...] = (("quick", 64 * KIB), ("standard", 16 * MIB))
+    out: list[BenchCase] = []
+    for (effort, item), trace in product(efforts, ("resident", "cyclic", "palindrome")):
+        case = op.case(
+            trace=trace,
+            keys=16,
+            item_bytes=item,
+            steps=64,
+            gpu_bytes=item * (32 if trace == "resident" else 4),
+            host_bytes=8 * item,
+            file_bytes=64 * item,
+        )
+        out.append(BenchCase(case, SOURCE, effort, "any"))
+    return tuple(out)
+
+
+SUITE = Suite(
+    name="tier",
+    summary="tier stack: every value bitwise, every byte counted, LRU as the model has it; overhead over all-resident",
+    checks=_checks(),
+    generated=(Generated("vbench.suites.strategies:tier_cases", (15, 100, 1000)),),
+    benches=_benches(),
+)
