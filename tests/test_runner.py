@@ -34,7 +34,7 @@ def execute(tmp_path: Path, names: list[str], suite: Suite = SMALL, deadline_s: 
         jobs = tuple(dataclasses.replace(j, deadline_s=deadline_s) if "hang" in j.variant else j for j in jobs)
     store = RunStore(tmp_path / "run", {})
     seen: list[Record] = []
-    run = Run("r1", jobs, infos, "cpu", store, lambda claim: {}, 2, seen.append)
+    run = Run("r1", jobs, infos, "cpu", store, lambda claim: ({}, ""), 2, seen.append)
     records = run.execute()
     store.close()
     assert Counter(_key(r) for r in records) == Counter(j.key for j in jobs)

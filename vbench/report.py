@@ -164,7 +164,7 @@ def last_screen(
     worst = _worst(records)
     lines = [
         f"run {run_id}: {len(records)} jobs on {device} in {elapsed_s:.0f} s, exit {code}"
-        + (f" ({reasons[0]})" if reasons else ""),
+        + (f" ({reasons[0]})" if code and reasons else ""),
         f"outcomes  {_count_line(records)}",
         f"claims    as stated: {_words(stated)}; restated: {_words(restated)}",
         f"battery   trivial kernels caught {caught}, excused as degenerate {degenerate}, cases with a survivor {alive}",

@@ -145,7 +145,7 @@ class Run:
         infos: backends by name.
         device: where.
         store: where records go.
-        arithmetic: claim id -> metrics, for kind ``arithmetic``.
+        arithmetic: claim id -> (metrics, digest of what was computed), for kind ``arithmetic``.
         parallel: workers at a time while nothing is being timed.
         on_record: called after each record is stored (progress).
     """
@@ -155,7 +155,7 @@ class Run:
     infos: Mapping[str, BackendInfo]
     device: Device
     store: RunStore
-    arithmetic: Callable[[str], Mapping[str, float]]
+    arithmetic: Callable[[str], tuple[Mapping[str, float], str]]
     parallel: int
     on_record: Callable[[Record], None]
     records: list[Record] = field(default_factory=list)
@@ -231,8 +231,8 @@ class Run:
 
     def _one(self, worker: WorkerProcess, job: Job) -> Record:
         if job.backend == ARITHMETIC:
-            metrics = self.arithmetic(job.case)
-            return self._record(job, Outcome.PASSED, metrics=metrics)
+            metrics, digest = self.arithmetic(job.case)
+            return self._record(job, Outcome.PASSED, metrics=metrics, sources=digest)
         info = self.infos.get(job.backend)
         if info is not None and info.problem:
             return self._record(job, Outcome.UNAVAILABLE, info.problem, info.detail)

@@ -14,7 +14,7 @@ from typing import Any
 
 from vbench import registry, report
 from vbench.backend import Device
-from vbench.claims import Ledger, arithmetic_metrics, load_ledger
+from vbench.claims import Claim, Ledger, arithmetic_metrics, load_ledger, stated_digest
 from vbench.errors import DataError, UsageError
 from vbench.judge import ClaimVerdict, exit_code, judge
 from vbench.plan import Effort, Job, plan
@@ -26,8 +26,11 @@ from vbench.store import RunStore, new_run_id, read_records
 def current_sources() -> Callable[[Record], str | None]:
     """Digest of the sources as they are now for a record's backend and op; ``None`` where they cannot be found."""
     ops, infos = registry.ops(), registry.backends()
+    stated = _stated(_ledgers())
 
     def find(record: Record) -> str | None:
+        if record.kind == "arithmetic":
+            return stated_digest(stated[record.case]) if record.case in stated else None
         op = ops.get(record.case.partition("[")[0])
         info = infos.get(record.backend)
         if op is None or info is None or op.name not in info.ops:
@@ -35,6 +38,17 @@ def current_sources() -> Callable[[Record], str | None]:
         return job_digest(info.ops[op.name], op.oracle, op.inputs) or None
 
     return find
+
+
+def _ledgers() -> dict[str, Ledger]:
+    """Every ledger, its selects checked against the registered ops."""
+    params = {op.name: [p.name for p in op.params] for op in registry.ops().values()}
+    return {name: load_ledger(path, ops=params) for name, path in registry.ledger_paths().items()}
+
+
+def _stated(ledgers: dict[str, Ledger]) -> dict[str, Claim]:
+    """Claims that arithmetic decides, by id."""
+    return {c.id: c for ledger in ledgers.values() for c in ledger.claims if c.stated is not None}
 
 
 def run_suites(
@@ -56,8 +70,8 @@ def run_suites(
     chosen_suites = [known_suites[n] for n in registry.choose("suite", suites, known_suites)]
     chosen_ops = registry.choose("op", ops, known_ops)
     chosen = {n: known_backends[n] for n in registry.choose("backend", backends, known_backends)}
-    ledgers = {name: load_ledger(path) for name, path in registry.ledger_paths().items()}
-    stated = {c.id: c for ledger in ledgers.values() for c in ledger.claims if c.stated is not None}
+    ledgers = _ledgers()
+    stated = _stated(ledgers)
     where: Device = "cuda" if device == "cuda" else "cpu" if device == "cpu" else detect_device()
     if where == "cuda" and device == "cuda" and detect_device() != "cuda":
         raise UsageError("--device cuda: torch sees no GPU here; use --device cpu, or run on a machine with CUDA")
@@ -85,7 +99,7 @@ def run_suites(
                 infos=chosen,
                 device=where,
                 store=store,
-                arithmetic=lambda claim: arithmetic_metrics(stated[claim]),
+                arithmetic=lambda claim: (arithmetic_metrics(stated[claim]), stated_digest(stated[claim])),
                 parallel=parallel,
                 on_record=progress.step,
             )
@@ -132,8 +146,8 @@ def _summary(
 def _verdict_json(verdict: ClaimVerdict) -> dict[str, Any]:
     return {
         "id": verdict.claim,
-        "as_stated": str(verdict.stated),
-        "restated": str(verdict.restated) if verdict.restated is not None else None,
+        "as_stated": verdict.stated.to_dict(),
+        "restated": verdict.restated.to_dict() if verdict.restated is not None else None,
     }
 
 
@@ -224,9 +238,9 @@ def show_run(run: str, out: Path, failed: bool, case_hash: str | None, as_json: 
 
 
 def _ledger(name: str) -> Ledger:
-    paths = registry.ledger_paths()
-    registry.choose("ledger", [name], paths)
-    return load_ledger(paths[name])
+    ledgers = _ledgers()
+    registry.choose("ledger", [name], ledgers)
+    return ledgers[name]
 
 
 def baselines() -> list[Record]:
