@@ -30,4 +30,5 @@ BACKEND = DeclaredBackend(
         "tier_stack": "vbench.reference.kernels:make_tier_stack",
     },
     probe_function="vbench.reference.backend:probe",
+    timed=False,
 )

@@ -14,6 +14,7 @@ Element 0 of a pair sits in the low nibble. Weights are [n, k] with k contiguous
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from vbench.errors import Unsupported
 from vbench.reference.ops import FORMAT_GROUPS, packed_bytes
-from vbench.reference.sampling import generator, torch_dtype
+from vbench.reference.sampling import generator, seeded, torch_dtype
 from vbench.spec import Case, Expected, Numerics
 
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -126,13 +127,10 @@ def dequantize(fmt: str, weight: dict[str, Any], dtype: torch.dtype) -> Tensor:
     return product.to(dtype)
 
 
-def make_weight(case: Case, dtype: torch.dtype, device: str) -> Tensor:
-    """w [n, k] of the case's distribution, drawn on the CPU so that every device sees the same values.
-
-    Grid values are multiples of a quarter with the format's largest value in each block, so that every tie occurs.
-    """
-    n, k, dist = case.axis("n"), case.axis("k"), case.text("dist")
-    gen = generator(case, "weight")
+@functools.lru_cache(maxsize=1)
+def _draw_weight(fmt: str, dist: str, n: int, k: int, seed: int) -> Tensor:
+    """float32 [n, k] on the CPU. Kept for the next case: a sweep over tokens asks for one weight again and again."""
+    gen = seeded("weight", dist, n, k, seed)
     if dist == "zeros":
         w = torch.zeros(n, k)
     elif dist == "uniform":
@@ -144,9 +142,9 @@ def make_weight(case: Case, dtype: torch.dtype, device: str) -> Tensor:
         chi2 = torch.randn(5, n, k, generator=gen).square().sum(dim=0)
         w = 0.02 * torch.randn(n, k, generator=gen) / torch.sqrt(chi2 / 5)
     elif dist == "grid":
-        top = 6 if case.text("fmt") == "nvfp4" else 7
+        top, group = 6 if fmt == "nvfp4" else 7, FORMAT_GROUPS[fmt]
         w = torch.randint(-4 * top, 4 * top + 1, (n, k), generator=gen).to(torch.float32) / 4
-        w[:, 0 :: max(1, FORMAT_GROUPS[case.text("fmt")]) if FORMAT_GROUPS[case.text("fmt")] > 0 else k] = float(top)
+        w[:, 0 :: group if group > 0 else k] = float(top)
     else:
         w = torch.randn(n, k, generator=gen) * 0.02
         if dist == "outlier":
@@ -154,7 +152,18 @@ def make_weight(case: Case, dtype: torch.dtype, device: str) -> Tensor:
             w[rows, 0] = 3.0 + torch.rand(len(rows), generator=gen)
         elif dist in ("nan", "inf"):
             w[n // 2, k // 2] = float(dist)
-    return w.to(dtype).to(device)
+    return w
+
+
+def make_weight(case: Case, dtype: torch.dtype, device: str) -> Tensor:
+    """w [n, k] of the case's distribution, drawn on the CPU so that every device sees the same values.
+
+    The same for every format and token count (grid: every token count). Grid values are multiples of a quarter with
+    the format's largest value in each block, so that every tie occurs.
+    """
+    dist = case.text("dist")
+    fmt = case.text("fmt") if dist == "grid" else ""
+    return _draw_weight(fmt, dist, case.axis("n"), case.axis("k"), case.seed).to(device, dtype, copy=True)
 
 
 def degenerate(case: Case, elements: int) -> str:

@@ -18,7 +18,12 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def generator(case: Case, stream: str) -> torch.Generator:
     """A CPU generator seeded by the whole case and a stream name, so that inputs are independent of each other."""
-    digest = hashlib.sha256(f"{case.id}|{case.seed}|{stream}".encode()).digest()
+    return seeded(case.id, case.seed, stream)
+
+
+def seeded(*parts: object) -> torch.Generator:
+    """A CPU generator seeded by the texts of ``parts``."""
+    digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 

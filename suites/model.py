@@ -33,7 +33,7 @@ def _linears() -> tuple[BenchCase, ...]:
     out: list[BenchCase] = []
     for (n, k, bias), shapes in distinct_linears().items():
         for m in TOKENS:
-            effort: Effort = "standard" if (n, k, bias) in standard else "full"
+            effort: Effort = "standard" if (n, k, bias) in standard and m == TOKENS[0] else "full"
             if (n, k, bias, m) == QUICK:
                 effort = "quick"
             case = FP4_LINEAR.case(fmt="nvfp4", x="bf16", bias=int(bias), m=m, n=n, k=k)

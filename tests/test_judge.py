@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from vbench import student
 from vbench.claims import Ledger, arithmetic_metrics, load_ledger, parse_ledger
+from vbench.errors import DataError
 from vbench.judge import SINGLE_PROCESS_MARGIN, ClaimVerdict, Finding, case_params, exit_code, judge
 from vbench.record import ErrorStats, Kind, Measurement, Outcome, Record
 
@@ -103,8 +104,9 @@ def ledger(
     reviewed: str = 'sm_90 = "SUPPORTED"',
     claim_hardware: str = "rtx3070",
     stated: str = "",
+    over_select: str = "",
 ) -> Ledger:
-    over_line = f'over = "{over}"' if metric == "ratio" else ""
+    over_line = f'over = "{over}"\n  {over_select}' if metric == "ratio" else ""
     quantity_line = "" if metric == "fraction_passed" else f'quantity = "{quantity}"'
     return parse_ledger(
         f"""
@@ -222,6 +224,23 @@ def test_reduce_order_matters() -> None:
         assert restated(ledger(reduce=reduce), records).value == pytest.approx(value), reduce
     found = restated(ledger(reduce="min over m"), records)
     assert found.label == "INCONCLUSIVE(ambiguous_reduce)" and "fmt" in found.note
+
+
+def test_a_baseline_may_run_another_dtype() -> None:
+    select = 'op = "fp4_linear", x = "bf16", n = 64, m = [1, 4]'
+    book = ledger(select=select, over_select='over_select = {x = "fp32"}', reduce="min over m")
+    records = []
+    for m, ratio in ((1, 5.0), (4, 3.0)):
+        mine, base = linear_case(m=m), linear_case(m=m).replace("x=bf16", "x=fp32")
+        records += [timed("triton", 1e-5, case=mine), timed("torch_native[cublas_bf16]", 1e-5 * ratio, case=base)]
+    found = restated(book, records)
+    assert found.word == "SUPPORTED" and found.value == pytest.approx(3.0)
+    # control: without it there is no float32 baseline to be found
+    assert restated(ledger(select=select, reduce="min over m"), records).word == "NOT_RUN"
+    with pytest.raises(DataError, match="exactly one value"):
+        ledger(select=select, over_select="over_select = {m = 1}")
+    with pytest.raises(DataError, match="backend itself"):
+        ledger(over="triton")
 
 
 def test_missing_cells_keep_it_open() -> None:

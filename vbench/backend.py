@@ -84,6 +84,7 @@ class Backend(Protocol):
         ops: op name -> ``module:factory`` of a KernelFactory.
         variants: op name -> variant names; an op left out has the single variant ``""``.
         environment: variables set before the worker's first import, per device (interpreter switches).
+        timed: optional, default True; False for a backend whose speed means nothing (the oracle).
     """
 
     @property
@@ -120,6 +121,7 @@ class DeclaredBackend:
     probe_function: str
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    timed: bool = True
 
     def probe(self, device: Device) -> Availability:
         from vbench.spec import resolve

@@ -113,6 +113,8 @@ class Restated:
         kind: kind of record to read, ``check`` or ``time``.
         backend, over: ``name`` or ``name[variant]``; ``over`` only with ``ratio``.
         select: ``op`` and parameter -> admitted values, as text. All values must be met.
+        over_select: parameters in which ``over`` runs another case than ``backend``, with the value it runs (a float32
+            baseline against a bfloat16 kernel: ``{x = "fp32"}``); ``select`` gives the same parameter one value.
         reduce: steps in the order they are applied.
         holds: the threshold.
         hardware: class of the records (``cpu``, ``sm_90``, ...) or ``any``.
@@ -127,6 +129,7 @@ class Restated:
     over: str
     op: str
     select: Mapping[str, tuple[str, ...]]
+    over_select: Mapping[str, str]
     reduce: tuple[Reduction, ...]
     holds: Holds
     hardware: str
@@ -386,6 +389,18 @@ def _select(table: _Table, ops: Mapping[str, Collection[str]] | None) -> tuple[s
     return op, select
 
 
+def _over_select(table: _Table, select: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    given = table.raw("over_select", default={})
+    if not isinstance(given, dict):
+        raise table.fail("over_select", "must be a table of parameters")
+    for name, value in given.items():
+        if len(select.get(name, ())) != 1:
+            raise table.fail("over_select", f"{name!r} must have exactly one value in select")
+        if not isinstance(value, str | int) or isinstance(value, bool):
+            raise table.fail("over_select", f"{name!r} must be one text or whole number")
+    return {name: str(value) for name, value in given.items()}
+
+
 def _restated(data: Any, where: str, ops: Mapping[str, Collection[str]] | None) -> Restated:
     table = _Table(data, f"{where}: restated")
     metric = table.word("metric", METRICS)
@@ -415,6 +430,7 @@ def _restated(data: Any, where: str, ops: Mapping[str, Collection[str]] | None) 
         over=table.parsed("over", _who) if metric == "ratio" else "",
         op=op,
         select=select,
+        over_select=_over_select(table, select) if metric == "ratio" else {},
         reduce=table.parsed("reduce", parse_reduce, default=""),
         holds=table.parsed("holds", parse_holds),
         hardware=hardware,
@@ -423,11 +439,13 @@ def _restated(data: Any, where: str, ops: Mapping[str, Collection[str]] | None) 
     for step in restated.reduce:
         if ops is not None and step.over is not None and step.over not in ops[op]:
             raise table.fail("reduce", f"{op} has no parameter {step.over!r}")
+    if restated.over == restated.backend:
+        raise table.fail("over", "is the backend itself; name another to compare with")
     if plain and restated.reduce:
         raise table.fail("reduce", "a fraction is taken over everything selected")
     if restated.quantity.startswith("time.") and restated.kind != "time":
         raise table.fail("kind", f"{restated.quantity} stands in records of kind time only")
-    table.done("sentence, metric, quantity, kind, backend, over, select, reduce, holds, hardware, reviewed")
+    table.done("sentence, metric, quantity, kind, backend, over, select, over_select, reduce, holds, hardware, reviewed")
     return restated
 
 

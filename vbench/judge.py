@@ -271,7 +271,9 @@ class _Pool:
 
     def select(self, restated: Restated, who: str) -> list[Record]:
         """Records of one side of the claim, on any hardware. Without a ``seed`` in ``select`` it is seed 0."""
-        wanted = {"seed": ("0",), **restated.select}
+        wanted: dict[str, tuple[str, ...]] = {"seed": ("0",), **restated.select}
+        if who == restated.over:
+            wanted |= {name: (value,) for name, value in restated.over_select.items()}
         return [
             record
             for record in self._by.get((restated.kind, who, restated.op), [])
@@ -357,16 +359,17 @@ def _measure(restated: Restated, pool: _Pool, here: Callable[[Record], bool], ha
             reason = gone.most_common(1)[0][0] if gone else "no_records" if not everywhere else f"needs_{hardware}"
             return Finding("NOT_RUN", reason, holds=holds, hardware=hardware)
         values: dict[str, dict[str, float]] = {}
-        for r in records:
+        aligned = [(_aligned(restated, who, r.case), r) for r in records]
+        for case, r in aligned:
             number = _number(restated, r)
             if number is None:
                 missing[f"{who} {r.case}: {_why(r, restated)}"] = None
                 continue
-            values.setdefault(r.case, {})[r.run] = number
-            evidence[who, r.case, r.run] = r
+            values.setdefault(case, {})[r.run] = number
+            evidence[who, case, r.run] = r
         for combination in _combinations(restated):
             filled = [c for c in values if _matches(c, combination)]
-            if not filled and not any(_matches(r.case, combination) for r in records):
+            if not filled and not any(_matches(case, combination) for case, _ in aligned):
                 missing[f"{who} {','.join(f'{k}={v}' for k, v in combination.items())}: no record"] = None
         if not values:
             unsupported = Counter(r.reason for r in records if r.outcome is Outcome.UNSUPPORTED)
@@ -440,6 +443,15 @@ def _cells(
             rests_on += [evidence[who, case, run] for who in _sides(restated)]
         cells.append(_Cell(case_params(case)[1], tuple(values)))
     return cells, rests_on
+
+
+def _aligned(restated: Restated, who: str, case_id: str) -> str:
+    """The case of ``backend`` that a case of ``over`` is set against: the same but for ``over_select``."""
+    if who != restated.over or not restated.over_select:
+        return case_id
+    op, params = case_params(case_id)
+    pairs = [(k, restated.select[k][0] if k in restated.over_select else v) for k, v in params.items()]
+    return f"{op}[{','.join(f'{k}={v}' for k, v in pairs if (k, v) != ('seed', '0'))}]"
 
 
 def _number(restated: Restated, record: Record) -> float | None:

@@ -127,7 +127,7 @@ def plan(
                                 DEADLINE_S["check"],
                             )
                         )
-        if not timing:
+        if not (timing and info.timed):
             continue
         for suite in suites:
             for bench in benches[suite.name]:

@@ -44,6 +44,7 @@ class BackendInfo:
     ops: Mapping[str, str] = field(default_factory=dict)
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    timed: bool = True
     problem: str = ""
     detail: str = ""
 
@@ -85,6 +86,7 @@ def describe_object(name: str, distribution: str, backend: Any) -> BackendInfo:
         ops=dict(backend.ops),
         variants={op: tuple(v) for op, v in dict(backend.variants).items()},
         environment={d: dict(v) for d, v in dict(backend.environment).items()},
+        timed=bool(getattr(backend, "timed", True)),
     )
 
 
