@@ -42,6 +42,7 @@ class OracleKernel:
     check: Callable[[Mapping[str, Any]], None] = lambda inputs: None
     numerics: Numerics = FLOAT64
     deterministic: bool = True
+    graph_safe: bool = False
 
     def bind(self, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> Launch:
         """See ``vbench.backend.Kernel.bind``; nothing is prepared, all work is in the launch."""

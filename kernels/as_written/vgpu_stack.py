@@ -175,6 +175,7 @@ class VGPUStackKernel:
     numerics = Numerics()
     produces = ("values", "found_level", "level_bytes", "hits")
     deterministic = True
+    graph_safe = False
 
     def __init__(self, when_full: WhenFull) -> None:
         self._when_full: WhenFull = when_full

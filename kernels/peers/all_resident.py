@@ -36,6 +36,7 @@ class AllResident:
     numerics = Numerics()
     produces = ("values",)
     deterministic = True
+    graph_safe = False
 
     def bind(self, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> Launch:
         """Nothing to prepare.

@@ -121,7 +121,7 @@ class Sdpa:
 
 def make(case: Case, variant: str, device: Device) -> Kernel:
     """Raises Unsupported: ``unknown_variant``; ``needs_cuda``; ``peer_documents_nan`` (``causal_lower_right`` warns
-    that rows with nothing to attend to come out NaN).
+    that rows with nothing to attend to come out NaN); ``peer_documents_nothing`` (cuDNN on such rows).
 
     Numerics: math upcasts half types to float32 (torch's default, ``allow_fp16_bf16_reduction_math_sdp`` off); the
     fused backends sum in float32 and round the weights to the input's dtype before P V.
@@ -133,6 +133,9 @@ def make(case: Case, variant: str, device: Device) -> Kernel:
     sq, sk, causal, dtype = case.axis("sq"), case.axis("sk"), case.text("causal"), case.text("dtype")
     if device == "cuda" and causal == "bottom_right" and sq > sk and variant in OWN_LOWER_RIGHT:
         raise Unsupported("peer_documents_nan", f"sq={sq} > sk={sk}: causal_lower_right documents NaN for masked rows")
+    if device == "cuda" and causal == "bottom_right" and sq > sk and variant == "sdpa_cudnn":
+        detail = f"sq={sq} > sk={sk}: no word on rows with nothing to attend to; they come out as some mean of V"
+        raise Unsupported("peer_documents_nothing", detail)
     fused = variant != "sdpa_math"
     numerics = Numerics(
         accumulate="tensor_core" if fused and device == "cuda" else "fp32",

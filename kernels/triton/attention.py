@@ -1,0 +1,227 @@
+"""Attention forward of backend ``triton``: capability checks, then one launch. See attention_forward.py for the kernel.
+
+Imports no torch and no Triton at the top, so that listing what a kernel takes stays cheap.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vbench.backend import Device, Kernel, Launch
+from vbench.errors import Unsupported
+from vbench.kernels.triton.attention_tiles import INTERPRETED, Tile, choose, heads_per_group, padded_head_dim
+from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics
+
+VARIANTS = ("", "gluon")
+MAX_HEAD_DIM = 256
+#: Offsets inside one [block_n, d] block are 32-bit.
+MAX_BLOCK_SPAN = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A case, read: ``b`` batch, ``hq`` query heads, ``hk`` key heads, ``sq`` queries, ``sk`` keys, ``d`` head dim."""
+
+    b: int
+    hq: int
+    hk: int
+    sq: int
+    sk: int
+    d: int
+    dtype: str
+    causal: str
+
+    @classmethod
+    def of(cls, case: Case) -> Shape:
+        """Read a case of op ``attention``.
+
+        Raises:
+            Unsupported: ``zero_size``, ``heads_not_multiple`` (no meaning for any kernel), ``head_dim_above_256``.
+        """
+        axes = {name: case.axis(name) for name in ("b", "hq", "hk", "sq", "sk", "d")}
+        for name, size in axes.items():
+            if size == 0:
+                raise Unsupported("zero_size", f"{name}=0: nothing to attend with; skip the call instead")
+        if axes["hq"] % axes["hk"]:
+            raise Unsupported("heads_not_multiple", f"hq={axes['hq']} must be a multiple of hk={axes['hk']}")
+        if axes["d"] > MAX_HEAD_DIM:
+            raise Unsupported("head_dim_above_256", f"d={axes['d']}: its accumulator would not fit the registers")
+        return cls(**axes, dtype=case.text("dtype"), causal=case.text("causal"))
+
+    @property
+    def shift(self) -> int:
+        """Row i sees keys j <= i + shift when causal."""
+        return self.sk - self.sq if self.causal == "bottom_right" else 0
+
+    @property
+    def exponent_scale(self) -> float:
+        """log2(e) / sqrt(d): weights are powers of two of scaled scores."""
+        return math.log2(math.e) / math.sqrt(self.d)
+
+
+def check_tensors(shape: Shape, inputs: Mapping[str, Any], out: Mapping[str, Any], device: Device) -> None:
+    """Refuse what would read or write out of bounds or silently convert.
+
+    Args:
+        inputs: ``q`` [b, hq, sq, d], ``k`` and ``v`` [b, hk, sk, d] of the case's dtype, any strides.
+        out: ``out`` like ``q``, ``lse`` float32 [b, hq, sq], any strides that do not overlap.
+
+    Raises:
+        Unsupported: ``wrong_shape``, ``wrong_dtype``, ``wrong_device``, ``overlapping_output``.
+    """
+    q_shape, k_shape = (shape.b, shape.hq, shape.sq, shape.d), (shape.b, shape.hk, shape.sk, shape.d)
+    dtype = TORCH_DTYPE_NAMES[shape.dtype]
+    demands = (
+        ("q", inputs["q"], q_shape, dtype),
+        ("k", inputs["k"], k_shape, dtype),
+        ("v", inputs["v"], k_shape, dtype),
+        ("out", out["out"], q_shape, dtype),
+        ("lse", out["lse"], q_shape[:3], "float32"),
+    )
+    for name, tensor, want_shape, want_dtype in demands:
+        if tuple(tensor.shape) != want_shape:
+            raise Unsupported("wrong_shape", f"{name} has shape {tuple(tensor.shape)}, the case needs {want_shape}")
+        if str(tensor.dtype) != f"torch.{want_dtype}":
+            raise Unsupported("wrong_dtype", f"{name} is {tensor.dtype}, the case needs torch.{want_dtype}; convert it")
+        if tensor.device != inputs["q"].device or tensor.device.type != device:
+            raise Unsupported("wrong_device", f"{name} is on {tensor.device}; all must be on one {device} device")
+    for name in ("out", "lse"):
+        strides = out[name].stride()
+        if any(size > 1 and stride == 0 for size, stride in zip(out[name].shape, strides, strict=True)):
+            raise Unsupported("overlapping_output", f"{name} has strides {strides}: two elements share an address")
+
+
+def takes_descriptor(tensor: Any) -> bool:
+    """Can the bulk tensor copy engine read this [b, h, s, d] tensor in place?
+
+    CUDA driver API, cuTensorMapEncodeTiled: base and every stride but the last multiples of 16 bytes, last stride 1.
+    """
+    item = tensor.element_size()
+    outer = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if size > 1]
+    return (
+        tensor.data_ptr() % 16 == 0
+        and tensor.stride(-1) == 1
+        and (tensor.shape[-1] * item) % 16 == 0
+        and all(stride > 0 and stride * item % 16 == 0 for stride in outer)
+    )
+
+
+def descriptor_strides(tensor: Any) -> list[int]:
+    """Strides in elements; an axis of one element, whose stride is arbitrary and never used, gets one that is legal."""
+    return [
+        stride if size > 1 or axis == 3 else tensor.shape[-1]
+        for axis, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True))
+    ]
+
+
+@dataclass(frozen=True)
+class PlainForward:
+    """The plain Triton kernel for one case. See ``vbench.backend.Kernel``."""
+
+    shape: Shape
+    device: Device
+    interpreted: bool
+    copy_engine: bool
+    numerics: Numerics
+    produces: tuple[str, ...] = ("out", "lse")
+    deterministic: bool = True
+
+    def plan(self, k: Any, v: Any) -> tuple[Tile, bool]:
+        """The tile, and whether K and V come through tensor descriptors."""
+        descriptors = self.copy_engine and self.shape.dtype != "fp32" and takes_descriptor(k) and takes_descriptor(v)
+        if self.interpreted:
+            return INTERPRETED, descriptors
+        return choose(self.shape.dtype, self.shape.d, self.shape.sq, descriptors=descriptors), descriptors
+
+    def bind(self, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> Launch:
+        """Bind q, k, v (any strides) to a launch that writes ``out`` and ``lse``.
+
+        Raises:
+            Unsupported: see ``check_tensors``; ``block_span`` when one block of K or V spans 2^31 elements or more.
+        """
+        check_tensors(self.shape, inputs, out, self.device)
+        tile, descriptors = self.plan(inputs["k"], inputs["v"])
+        return self.bind_tile(inputs, out, tile, descriptors)
+
+    def bind_tile(self, inputs: Mapping[str, Any], out: Mapping[str, Any], tile: Tile, descriptors: bool) -> Launch:
+        """As ``bind``, with a tile of the caller's choice (the tuner's)."""
+        from vbench.kernels.triton.attention_forward import attention_forward
+
+        shape = self.shape
+        q, k, v, out_tensor, lse = inputs["q"], inputs["k"], inputs["v"], out["out"], out["lse"]
+        width = padded_head_dim(shape.d)
+        for name, tensor in (("k", k), ("v", v)):
+            span = tile.block_n * tensor.stride(2) + width * tensor.stride(3)
+            if span > MAX_BLOCK_SPAN:
+                raise Unsupported("block_span", f"{name}: {tile.block_n} rows span {span} elements; make it contiguous")
+        k_source, v_source = k, v
+        if descriptors:
+            from triton.tools.tensor_descriptor import TensorDescriptor
+
+            block = [1, 1, tile.block_n, width]
+            k_source = TensorDescriptor(k, list(k.shape), descriptor_strides(k), block)
+            v_source = TensorDescriptor(v, list(v.shape), descriptor_strides(v), block)
+        heads = shape.b * shape.hq
+        per_kv = shape.hq // shape.hk
+        grid = (heads * -(-shape.sq // tile.block_m),)
+        group = heads_per_group(heads, per_kv, shape.sk, shape.d, q.element_size())
+        sizes = (shape.hq, per_kv, shape.sq, shape.sk, shape.shift, heads, group)
+        strides = (*q.stride(), *k.stride(), *v.stride(), *out_tensor.stride(), *lse.stride())
+        arguments = (q, k_source, v_source, out_tensor, lse, shape.exponent_scale, *sizes, *strides)
+        constants: dict[str, Any] = {
+            "D": shape.d,
+            "BLOCK_D": width,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "CAUSAL": shape.causal != "none",
+            "DESCRIPTORS": descriptors,
+            "EMULATE": self.interpreted,
+            # "ieee" keeps fp32 products exact; Triton's default would silently round operands to tf32.
+            "PRECISION": "ieee" if shape.dtype == "fp32" else "tf32",
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
+
+        def launch() -> None:
+            attention_forward[grid](*arguments, **constants)
+
+        return launch
+
+
+def make(case: Case, variant: str, device: Device) -> Kernel:
+    """Kernel factory of op ``attention``.
+
+    Args:
+        variant: ``""`` plain Triton (sm_80 and later, or the interpreter on a CPU); ``"gluon"`` the warp-specialised
+            Hopper kernel.
+
+    Raises:
+        Unsupported: ``unknown_variant``; ``interpreter_off`` (device cpu without TRITON_INTERPRET=1);
+            ``gpu_before_sm_80``; and what ``Shape.of`` and the Gluon kernel refuse.
+    """
+    shape = Shape.of(case)
+    if variant not in VARIANTS:
+        raise Unsupported("unknown_variant", f"{variant!r} is not one of {VARIANTS}")
+    if variant == "gluon":
+        from vbench.kernels.triton.attention_gluon_host import make_gluon
+
+        return make_gluon(shape, device)
+    accumulate = "fp32" if shape.dtype == "fp32" else "tensor_core"
+    numerics = Numerics(accumulate=accumulate, probabilities=shape.dtype)
+    if device == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise Unsupported("interpreter_off", "on a CPU this kernel needs TRITON_INTERPRET=1 before Triton's import")
+        # The interpreter takes descriptors too, so that path is checked there as well.
+        return PlainForward(shape, device, interpreted=True, copy_engine=True, numerics=numerics)
+    import torch
+
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        raise Unsupported("gpu_before_sm_80", f"compute capability {capability}: cp.async and bf16 need 8.0")
+    # sm_120 has the engine too, but not the shared memory that the tiles of that table take.
+    copy_engine = capability[0] in (9, 10)
+    return PlainForward(shape, device, interpreted=False, copy_engine=copy_engine, numerics=numerics)

@@ -1,0 +1,401 @@
+"""Warp-specialised Hopper attention forward in Gluon: sm_90a, D 64 or 128, bf16 or fp16. It cannot be interpreted.
+
+Shape of the kernel (FlashAttention-3, Shah et al. 2024, without its ping-pong barriers): a persistent grid; in each
+block one producer partition issues bulk tensor copies and WORKERS consumer warpgroups of 64 query rows each share the
+K and V it streams. A consumer overlaps its matrix products with its softmax: QK(j) and PV(j-1) are issued together, the
+softmax of j runs under PV(j-1), and P stays in registers as the left operand. wgmma groups retire in order, so QK is
+issued first because it is needed first.
+
+Keys are walked from the last block to the first, so that all masked blocks (tail, diagonal) come before the loop that
+needs no mask. Every tile walks at least one block: a row that sees no key then ends with total 0, which is out 0 and
+lse -inf like everywhere else.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+#: Query rows of a consumer warpgroup: the M of one wgmma.
+WORKER_ROWS = gl.constexpr(64)
+#: One [rows, D] block as wgmma and the copy engine see it; rank 4 is the same memory with the descriptor's unit axes.
+TILE_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+#: One integer held by every thread of a partition.
+SCALAR = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+SCALAR_MEMORY = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+LN2 = gl.constexpr(0.6931471805599453)
+
+#: Sizes that only count. Specialising on them would compile the kernel anew for each length and head count.
+COUNTS = ["hq", "heads_per_kv", "sq", "sk", "shift", "heads", "heads_per_group", "stride_lb", "stride_lh"]
+
+
+@gluon.jit
+def _locate(tile, heads, heads_per_group, hq, heads_per_kv, row_blocks):
+    """Tile number -> (batch, query head, key head, row block).
+
+    Groups of heads, so that their K and V stay in the L2 cache. Inside the last group long rows (of a causal mask) come
+    first, inside the one before it last, and so on: lengths then change little from one round to the next, which is
+    what the turning in ``_tile_number`` needs to even them out.
+    """
+    group_tiles = heads_per_group * row_blocks
+    group = tile // group_tiles
+    in_group = tile % group_tiles
+    first_head = group * heads_per_group
+    group_heads = gl.minimum(heads - first_head, heads_per_group)
+    groups = (heads + heads_per_group - 1) // heads_per_group
+    rank = in_group // group_heads
+    row_block = gl.where((groups - group) % 2 == 0, rank, row_blocks - 1 - rank)
+    head_index = first_head + in_group % group_heads
+    batch = head_index // hq
+    head = head_index % hq
+    return batch, head, head // heads_per_kv, row_block
+
+
+@gluon.jit
+def _tile_number(round_index):
+    """Tile of this program in a round. Odd rounds run backwards, so that nobody always gets the longest of a round."""
+    program = gl.program_id(0)
+    programs = gl.num_programs(0)
+    turned = programs - 1 - program
+    return round_index * programs + gl.where(round_index % 2 == 0, program, turned)
+
+
+@gluon.jit
+def _rounds(tiles):
+    """How many tiles this program has: all whole rounds, and the last, partial one if its number is inside."""
+    whole = tiles // gl.num_programs(0)
+    return whole + gl.where(_tile_number(whole) < tiles, 1, 0)
+
+
+@gluon.jit
+def _key_blocks(first_row, rows, sk, shift, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Blocks of keys that ``rows`` rows from ``first_row`` walk; at least 1."""
+    end = gl.minimum(first_row + rows + shift, sk) if CAUSAL else sk
+    return gl.maximum((end + BLOCK_N - 1) // BLOCK_N, 1)
+
+
+@gluon.jit
+def _load_kv(desc, smem, full, empty, count, batch, kv_head, block, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    """Wait for a free stage, then copy rows [block * BLOCK_N, ...) of one head into it."""
+    stage = count % STAGES
+    phase = (count // STAGES) & 1
+    mbarrier.wait(empty.index(stage), phase ^ 1)
+    mbarrier.expect(full.index(stage), desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc, [batch, kv_head, block * BLOCK_N, 0], full.index(stage), smem.index(stage))
+
+
+@gluon.jit
+def _produce(
+    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem,
+    where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    hq, heads_per_kv, sq, sk, shift, heads, heads_per_group,
+    CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WORKERS: gl.constexpr,
+):  # fmt: skip
+    BLOCK_M: gl.constexpr = WORKERS * WORKER_ROWS
+    row_blocks = (sq + BLOCK_M - 1) // BLOCK_M
+    count = 0
+    for round_index in range(_rounds(heads * row_blocks)):
+        batch, head, kv_head, row_block = _locate(
+            _tile_number(round_index), heads, heads_per_group, hq, heads_per_kv, row_blocks
+        )
+        first_row = row_block * BLOCK_M
+        blocks = _key_blocks(first_row, BLOCK_M, sk, shift, CAUSAL, BLOCK_N)
+        _load_kv(k_desc, k_smem, k_full, k_empty, count, batch, kv_head, blocks - 1, BLOCK_N, STAGES)
+        for worker in gl.static_range(WORKERS):
+            mbarrier.wait(q_empty.index(worker), (round_index & 1) ^ 1)
+        # Every worker has read where the last tile lay. The arrival that announces Q also publishes where this one lies.
+        where.index(0).store(gl.full([1], batch, gl.int32, SCALAR))
+        where.index(1).store(gl.full([1], head, gl.int32, SCALAR))
+        where.index(2).store(gl.full([1], row_block, gl.int32, SCALAR))
+        gl.thread_barrier()
+        for worker in gl.static_range(WORKERS):
+            mbarrier.expect(q_full.index(worker), q_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                q_desc, [batch, head, first_row + worker * WORKER_ROWS, 0], q_full.index(worker), q_smem.index(worker)
+            )
+        # K runs one block ahead of V, as the consumers need it.
+        for step in range(1, blocks):
+            block = blocks - 1 - step
+            _load_kv(k_desc, k_smem, k_full, k_empty, count + step, batch, kv_head, block, BLOCK_N, STAGES)
+            _load_kv(v_desc, v_smem, v_full, v_empty, count + step - 1, batch, kv_head, block + 1, BLOCK_N, STAGES)
+        _load_kv(v_desc, v_smem, v_full, v_empty, count + blocks - 1, batch, kv_head, 0, BLOCK_N, STAGES)
+        count += blocks
+
+
+@gluon.jit
+def _softmax(s, peak, total, block, visible_until, exponent_scale, MASKED: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Scores of one block -> (weights fp32, peak, total, factor for what was summed before)."""
+    layout: gl.constexpr = s.type.layout
+    if MASKED:
+        # column < limit, written so that the left side is a compile-time constant of each register (a thread holds the
+        # columns 8 i + its own 0..7) and the right side only four values: one compare an element and no addition.
+        columns = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
+        limit = (visible_until - block * BLOCK_N)[:, None] - (columns & 7)[None, :]
+        s = gl.where((columns & -8)[None, :] < limit, s, -float("inf"))
+    new_peak = gl.maximum(peak, gl.max(s, axis=1) * exponent_scale)
+    # A row that has seen no key yet has peak -inf; subtracting it would make NaN of -inf - -inf.
+    base = gl.where(new_peak == -float("inf"), 0.0, new_peak) if MASKED else new_peak
+    p = gl.exp2(s * exponent_scale - base[:, None])
+    rescale = gl.exp2(peak - base)
+    total = total * rescale + gl.sum(p, axis=1)
+    return p, new_peak, total, rescale
+
+
+@gluon.jit
+def _step(
+    step, blocks, count, q, k_smem, v_smem, q_empty, k_full, k_empty, v_full, v_empty,
+    p, rescale, acc, peak, total, visible_until, exponent_scale,
+    MASKED: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, ROUND_EARLY: gl.constexpr,
+):  # fmt: skip
+    """Issue QK(step) and PV(step - 1); softmax of step under the latter.
+
+    ``p`` and ``rescale`` come from the softmax of step - 1. p is carried as fp32, in the registers of the scores,
+    because 16-bit values that cross a loop edge are unpacked and packed again, one PRMT each. ROUND_EARLY carries
+    16-bit values all the same: with three consumers, 160 registers each, ptxas spills otherwise.
+    """
+    k_count = count + step
+    v_count = k_count - 1
+    k_stage = k_count % STAGES
+    v_stage = v_count % STAGES
+    weights = p if ROUND_EARLY else gl.convert_layout(p.to(v_smem.dtype), P_LAYOUT)
+    mbarrier.wait(k_full.index(k_stage), (k_count // STAGES) & 1)
+    k = k_smem.index(k_stage)._reinterpret(k_smem.dtype, [BLOCK_N, D], TILE_LAYOUT)
+    zeros = gl.zeros([WORKER_ROWS, BLOCK_N], gl.float32, S_LAYOUT)
+    s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    # The accumulator is rescaled here, under QK, and not where the factor is known: QK is in flight that much earlier.
+    if not ROUND_EARLY:
+        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT))[:, None]
+    mbarrier.wait(v_full.index(v_stage), (v_count // STAGES) & 1)
+    v = v_smem.index(v_stage)._reinterpret(v_smem.dtype, [BLOCK_N, D], TILE_LAYOUT)
+    acc = warpgroup_mma(weights, v, acc, is_async=True)
+    s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
+    mbarrier.arrive(k_empty.index(k_stage), count=1)
+    # After the last QK of a tile the next Q may come.
+    mbarrier.arrive(q_empty, count=1, pred=step == blocks - 1)
+    p, peak, total, rescale = _softmax(
+        s, peak, total, blocks - 1 - step, visible_until, exponent_scale, MASKED, BLOCK_N
+    )
+    # ptxas sees no dependency between the softmax and the wait and, left alone, hoists the wait above the exponentials,
+    # which would leave the tensor core idle under them. This second wait for V is over at once, but its spin loop ends
+    # a basic block, and across that ptxas does not hoist. p is a dependency so that LLVM does not sink the softmax.
+    mbarrier.wait(v_full.index(v_stage), (v_count // STAGES) & 1)
+    acc, p = warpgroup_mma_wait(num_outstanding=0, deps=[acc, p])
+    mbarrier.arrive(v_empty.index(v_stage), count=1)
+    if ROUND_EARLY:
+        p = gl.convert_layout(p.to(v_smem.dtype), P_LAYOUT)
+        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT))[:, None]
+    return p, rescale, acc, peak, total
+
+
+@gluon.jit
+def _consume(
+    o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem,
+    where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
+    CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WORKERS: gl.constexpr, D: gl.constexpr,
+    ROUND_EARLY: gl.constexpr, WORKER: gl.constexpr,
+):  # fmt: skip
+    BLOCK_M: gl.constexpr = WORKERS * WORKER_ROWS
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
+    ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    row_blocks = (sq + BLOCK_M - 1) // BLOCK_M
+    q = q_smem.index(WORKER)._reinterpret(q_smem.dtype, [WORKER_ROWS, D], TILE_LAYOUT)
+    o_block = o_smem.index(WORKER)
+    o_tile = o_block._reinterpret(o_smem.dtype, [WORKER_ROWS, D], TILE_LAYOUT)
+    count = 0
+    for round_index in range(_rounds(heads * row_blocks)):
+        mbarrier.wait(q_full.index(WORKER), round_index & 1)
+        batch = gl.max(where.index(0).load(SCALAR), axis=0)
+        head = gl.max(where.index(1).load(SCALAR), axis=0)
+        row_block = gl.max(where.index(2).load(SCALAR), axis=0)
+        tile_row = row_block * BLOCK_M
+        first_row = tile_row + WORKER * WORKER_ROWS
+        tile_blocks = _key_blocks(tile_row, BLOCK_M, sk, shift, CAUSAL, BLOCK_N)
+        blocks = _key_blocks(first_row, WORKER_ROWS, sk, shift, CAUSAL, BLOCK_N)
+        # Blocks that only the rows of later workers see. They are released when full and not before: a release is an
+        # arrival in the phase that this load began.
+        for step in range(tile_blocks - blocks):
+            stage = (count + step) % STAGES
+            phase = ((count + step) // STAGES) & 1
+            mbarrier.wait(k_full.index(stage), phase)
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            mbarrier.wait(v_full.index(stage), phase)
+            mbarrier.arrive(v_empty.index(stage), count=1)
+        count += tile_blocks - blocks
+        rows = first_row + gl.arange(0, WORKER_ROWS, layout=ROW_LAYOUT)
+        if CAUSAL:
+            visible_until = gl.minimum(rows + (shift + 1), sk)
+            whole = gl.maximum(gl.minimum(first_row + (shift + 1), sk) // BLOCK_N, 0)
+        else:
+            visible_until = gl.zeros([WORKER_ROWS], gl.int32, ROW_LAYOUT) + sk
+            whole = sk // BLOCK_N
+        masked = gl.maximum(blocks - whole, 1)
+
+        stage = count % STAGES
+        mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
+        k = k_smem.index(stage)._reinterpret(k_smem.dtype, [BLOCK_N, D], TILE_LAYOUT)
+        zeros = gl.zeros([WORKER_ROWS, BLOCK_N], gl.float32, S_LAYOUT)
+        s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        mbarrier.arrive(q_empty.index(WORKER), count=1, pred=blocks == 1)
+        peak = gl.full([WORKER_ROWS], -float("inf"), gl.float32, ROW_LAYOUT)
+        total = gl.zeros([WORKER_ROWS], gl.float32, ROW_LAYOUT)
+        p, peak, total, rescale = _softmax(
+            s, peak, total, blocks - 1, visible_until, exponent_scale, True, BLOCK_N
+        )
+        if ROUND_EARLY:
+            p = gl.convert_layout(p.to(v_smem.dtype), P_LAYOUT)
+        acc = gl.zeros([WORKER_ROWS, D], gl.float32, O_LAYOUT)
+        for step in range(1, masked):
+            p, rescale, acc, peak, total = _step(
+                step, blocks, count, q, k_smem, v_smem, q_empty.index(WORKER), k_full, k_empty, v_full, v_empty,
+                p, rescale, acc, peak, total, visible_until, exponent_scale,
+                True, BLOCK_N, D, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT, ROUND_EARLY,
+            )  # fmt: skip
+        for step in range(masked, blocks):
+            p, rescale, acc, peak, total = _step(
+                step, blocks, count, q, k_smem, v_smem, q_empty.index(WORKER), k_full, k_empty, v_full, v_empty,
+                p, rescale, acc, peak, total, visible_until, exponent_scale,
+                False, BLOCK_N, D, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT, ROUND_EARLY,
+            )  # fmt: skip
+        count += blocks
+        v_stage = (count - 1) % STAGES
+        if ROUND_EARLY:
+            weights = p
+        else:
+            weights = gl.convert_layout(p.to(v_smem.dtype), P_LAYOUT)
+            acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT))[:, None]
+        mbarrier.wait(v_full.index(v_stage), ((count - 1) // STAGES) & 1)
+        v = v_smem.index(v_stage)._reinterpret(v_smem.dtype, [BLOCK_N, D], TILE_LAYOUT)
+        acc = warpgroup_mma(weights, v, acc, is_async=True)
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
+        mbarrier.arrive(v_empty.index(v_stage), count=1)
+
+        alive = total > 0.0
+        divisor = gl.where(alive, total, 1.0)
+        lse = gl.where(alive, (peak + gl.log2(divisor)) * LN2, -float("inf"))
+        lse_offsets = batch.to(gl.int64) * stride_lb + head.to(gl.int64) * stride_lh
+        gl.store(lse_ptr + lse_offsets + rows, lse, mask=rows < sq)
+        acc = acc * gl.convert_layout(1.0 / divisor, gl.SliceLayout(1, O_LAYOUT))[:, None]
+        tma.store_wait(pendings=0)
+        o_tile.store(acc.to(o_smem.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(o_desc, [batch, head, first_row, 0], o_block)
+    tma.store_wait(pendings=0)
+
+
+@gluon.jit(do_not_specialize=COUNTS)
+def attention_forward_hopper(
+    q_desc, k_desc, v_desc, o_desc, lse_ptr,
+    exponent_scale, hq, heads_per_kv, sq, sk, shift, heads, heads_per_group, stride_lb, stride_lh,
+    D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WORKERS: gl.constexpr,
+    WORKER_REGISTERS: gl.constexpr, ROUND_EARLY: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """out and lse of op ``attention``.
+
+    Args:
+        q_desc, o_desc: descriptors of [b, hq, sq, D] with block [1, 1, 64, D]; k_desc, v_desc: of [b, hk, sk, D] with
+            block [1, 1, BLOCK_N, D]; all with the 128-byte swizzle. ``lse_ptr``: float32 [b, hq, sq], rows contiguous.
+        exponent_scale, shift, heads, heads_per_group: as in ``attention_forward``.
+    """
+    dtype: gl.constexpr = q_desc.dtype
+    q_smem = gl.allocate_shared_memory(dtype, [WORKERS, 1, 1, WORKER_ROWS, D], q_desc.layout)
+    o_smem = gl.allocate_shared_memory(dtype, [WORKERS, 1, 1, WORKER_ROWS, D], o_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], v_desc.layout)
+    where = gl.allocate_shared_memory(gl.int32, [3, 1], SCALAR_MEMORY)
+    q_full = gl.allocate_shared_memory(gl.int64, [WORKERS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [WORKERS, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for worker in gl.static_range(WORKERS):
+        mbarrier.init(q_full.index(worker), count=1)
+        mbarrier.init(q_empty.index(worker), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=WORKERS)
+        mbarrier.init(v_empty.index(stage), count=WORKERS)
+    fence_async_shared()
+
+    # Spelled out: a tuple bound to a name would turn its constexprs into run-time values.
+    if WORKERS == 2:
+        gl.warp_specialize([
+            (_produce, (
+                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                hq, heads_per_kv, sq, sk, shift, heads, heads_per_group, CAUSAL, BLOCK_N, STAGES, WORKERS,
+            )),
+            (_consume, (
+                o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem, where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
+                CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, 0,
+            )),
+            (_consume, (
+                o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem, where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
+                CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, 1,
+            )),
+        ], [4, 4], [WORKER_REGISTERS, WORKER_REGISTERS])  # fmt: skip
+    elif WORKERS == 3:
+        gl.warp_specialize([
+            (_produce, (
+                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                hq, heads_per_kv, sq, sk, shift, heads, heads_per_group, CAUSAL, BLOCK_N, STAGES, WORKERS,
+            )),
+            (_consume, (
+                o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem, where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
+                CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, 0,
+            )),
+            (_consume, (
+                o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem, where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
+                CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, 1,
+            )),
+            (_consume, (
+                o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem, where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
+                CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, 2,
+            )),
+        ], [4, 4, 4], [WORKER_REGISTERS, WORKER_REGISTERS, WORKER_REGISTERS])  # fmt: skip
+    else:
+        gl.static_assert(WORKERS == 4, "2, 3 or 4 consumer warpgroups")
+        gl.warp_specialize([
+            (_produce, (
+                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                hq, heads_per_kv, sq, sk, shift, heads, heads_per_group, CAUSAL, BLOCK_N, STAGES, WORKERS,
+            )),
+            (_consume, (
+                o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem, where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
+                CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, 0,
+            )),
+            (_consume, (
+                o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem, where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
+                CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, 1,
+            )),
+            (_consume, (
+                o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem, where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
+                CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, 2,
+            )),
+            (_consume, (
+                o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem, where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
+                CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, 3,
+            )),
+        ], [4, 4, 4, 4], [WORKER_REGISTERS, WORKER_REGISTERS, WORKER_REGISTERS, WORKER_REGISTERS])  # fmt: skip

@@ -1,0 +1,128 @@
+"""Which tile the plain Triton attention forward runs with: one explicit table, no autotuner at run time.
+
+An autotuner would make results depend on timing noise (another tile sums in another order). The rows were chosen by
+``tune_attention.py`` on an H200; docs/tuning/attention.md holds the predictions and what came of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Bytes of K and V that the heads walked together may hold: half of a Hopper's 50 or 60 MB L2 cache, the other half
+#: being left to queries, outputs and replacement. Also a whole number of heads at every power-of-two length, which
+#: keeps the Gluon kernel's static schedule within 3.1 % of even (docs/tuning/attention.md).
+L2_WORKING_SET_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Launch geometry.
+
+    Args:
+        block_m: query rows of a program. block_n: keys of a step.
+        warps: warps of a program. stages: steps of K and V in flight.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class GluonTile:
+    """Geometry of the warp-specialised Hopper kernel.
+
+    Args:
+        block_n: keys of a step. stages: blocks of K, and of V, in flight.
+        workers: consumer warpgroups of 64 query rows each, 2 to 4.
+        registers: of a consumer thread. With the producer's, a block's must fit 65536: 2 x 240, 3 x 160 or 4 x 112.
+        round_early: see ``attention_gluon._step``.
+    """
+
+    block_n: int
+    stages: int
+    workers: int
+    registers: int
+    round_early: bool
+
+
+def padded_head_dim(d: int) -> int:
+    """Head dim as the tile holds it: the power of two above, at least 16 (the shortest sum a matrix unit takes)."""
+    return max(16, 1 << (d - 1).bit_length())
+
+
+#: Small on purpose, so that short sequences already walk several blocks in both loops.
+INTERPRETED = Tile(block_m=32, block_n=32, warps=4, stages=1)
+
+#: fp32 runs on the FMA units (no tensor core multiplies IEEE fp32); its accumulators bound the tile.
+_FP32 = {
+    16: Tile(64, 32, 4, 1),
+    32: Tile(64, 32, 4, 1),
+    64: Tile(64, 32, 8, 1),
+    128: Tile(32, 32, 8, 1),
+    256: Tile(32, 16, 8, 1),
+}
+#: 16-bit through pointers (cp.async): odd strides and head dims, and every GPU without the bulk tensor copy engine.
+#: Two stages at 128 keep shared memory under the 99 KB of consumer GPUs (sm_86, sm_89, sm_120).
+_POINTERS = {
+    16: Tile(128, 64, 4, 3),
+    32: Tile(128, 64, 4, 3),
+    64: Tile(128, 64, 8, 3),
+    128: Tile(128, 64, 8, 2),
+    256: Tile(64, 32, 8, 2),
+}
+#: 16-bit through the bulk tensor copy engine, on GPUs with 227 KB of shared memory (sm_90, sm_100). Small tiles win:
+#: three or four programs share a multiprocessor, and one's softmax runs under another's matrix products.
+_DESCRIPTORS = {
+    16: Tile(64, 64, 4, 3),
+    32: Tile(64, 64, 4, 3),
+    64: Tile(64, 64, 4, 3),
+    128: Tile(64, 64, 4, 3),
+    256: Tile(128, 64, 8, 2),
+}
+#: Few query rows (decoding): a 64-row tile would be nearly all padding.
+_FEW_ROWS = {
+    16: Tile(16, 64, 4, 2),
+    32: Tile(16, 64, 4, 2),
+    64: Tile(16, 64, 4, 2),
+    128: Tile(16, 64, 4, 2),
+    256: Tile(16, 32, 4, 2),
+}
+
+
+def choose(dtype: str, d: int, sq: int, *, descriptors: bool) -> Tile:
+    """The tile for a case.
+
+    Args:
+        dtype: ``bf16``, ``fp16`` or ``fp32``. d: head dim, at most 256. sq: query rows.
+        descriptors: K and V come through the bulk tensor copy engine.
+    """
+    width = padded_head_dim(d)
+    if dtype == "fp32":
+        return _FP32[width]
+    if sq <= 16:
+        return _FEW_ROWS[width]
+    return _DESCRIPTORS[width] if descriptors else _POINTERS[width]
+
+
+def plain_tiles(dtype: str, *, descriptors: bool) -> dict[int, list[Tile]]:
+    """Padded head dim -> every tile ``choose`` can return for it; for the ahead-of-time compile check."""
+    tables = [_FP32] if dtype == "fp32" else [_FEW_ROWS, _DESCRIPTORS if descriptors else _POINTERS]
+    return {width: list(dict.fromkeys(table[width] for table in tables)) for width in _FP32}
+
+
+#: head dim -> tile
+_GLUON = {64: GluonTile(128, 4, 3, 160, True), 128: GluonTile(128, 2, 2, 240, False)}
+
+
+def choose_gluon(d: int) -> GluonTile:
+    """The Gluon kernel's tile for head dim 64 or 128."""
+    return _GLUON[d]
+
+
+def heads_per_group(heads: int, heads_per_kv: int, sk: int, d: int, itemsize: int) -> int:
+    """Query heads walked together so that their K and V fit the L2 cache; at least one K/V head's worth."""
+    kv_head_bytes = 2 * sk * d * itemsize
+    kv_heads = max(1, L2_WORKING_SET_BYTES // kv_head_bytes)
+    return min(heads, kv_heads * heads_per_kv)

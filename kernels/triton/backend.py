@@ -1,0 +1,19 @@
+"""The Triton backend's declaration. Imports no Triton and no torch."""
+
+from __future__ import annotations
+
+from vbench.backend import DeclaredBackend
+
+BACKEND = DeclaredBackend(
+    name="triton",
+    role="own",
+    summary="Triton kernels: FP4 codecs, FP4 linear with in-register decoding, attention forward",
+    ops={
+        "fp4_quantize": "vbench.kernels.triton.codec:make_quantize",
+        "fp4_dequantize": "vbench.kernels.triton.codec:make_dequantize",
+        "fp4_linear": "vbench.kernels.triton.linear:make",
+        "attention": "vbench.kernels.triton.attention:make",
+    },
+    probe_function="vbench.kernels.triton.probe:probe",
+    environment={"cpu": {"TRITON_INTERPRET": "1"}},
+)

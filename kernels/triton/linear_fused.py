@@ -1,0 +1,179 @@
+"""y = act(x W^T + bias) with W decoded in registers: one kernel for decode (few tokens) and tiled (many) regimes.
+
+The product is computed as W x^T: weights are the left operand, straight from registers after decoding, and tokens the
+right one, whose tile may be as narrow as 8. Row scales are applied to the float32 sum (lossless); a g128 group gets its
+own float32 sum; E2M1 x E4M3 is exact in bf16 and fp16, so it is formed before the product.
+
+Split-K: programs of one output tile write float32 partial sums to a workspace; whichever finishes last (an integer
+ticket) adds them in split order. No floating-point atomics, so results do not depend on timing.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vbench.kernels.triton._fp4 import E2M1_DEFERRED, activate, e2m1_operands, int4_operands, spread_scales, to_output
+
+
+@triton.jit
+def _x_tile(x_ptr, rows_m, row_ok, column, K, stride_xm, EVEN_K: tl.constexpr, UPCAST: tl.constexpr):
+    """x^T tile [columns, tokens] starting at ``column``; zero outside."""
+    address = x_ptr + rows_m[None, :] * stride_xm + column[:, None]
+    if EVEN_K:
+        tile = tl.load(address, mask=row_ok[None, :], other=0.0)
+    else:
+        tile = tl.load(address, mask=row_ok[None, :] & (column[:, None] < K), other=0.0)
+    if UPCAST:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+# Sizes whose divisibility no address depends on: one compilation serves them all.
+@triton.jit(do_not_specialize=["M", "k_blocks", "blocks_per_split"])
+def fused_linear_kernel(
+    x_ptr,  # [M, K], last stride 1
+    codes_ptr,  # int16 [n_tiles, k_blocks, 64, BKW]
+    scale_ptr,  # see packing; nvfp4: int32 words
+    global_ptr,  # float32 [1]
+    bias_ptr,  # [N] in x's dtype, or unused
+    y_ptr,  # [M, N]; int16 view when results are rounded by bits
+    partial_ptr,  # float32 [m_tiles, n_tiles, SPLIT, BN, BM]
+    ticket_ptr,  # int32 [m_tiles, n_tiles], zero before and after
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_ym,
+    k_blocks,
+    blocks_per_split,
+    FORMAT: tl.constexpr,
+    X: tl.constexpr,
+    ACT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BKW: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    NATIVE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    TWIDDLED: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_SUMS: tl.constexpr,
+    SMALL_SCALES: tl.constexpr,
+):
+    TILE: tl.constexpr = 64
+    BK: tl.constexpr = 4 * BKW
+    UPCAST: tl.constexpr = INTERPRETED
+    n_tiles = tl.cdiv(N, BN)
+    m_tiles = tl.cdiv(M, BM)
+    # Programs that follow each other share GROUP_M token tiles' worth of weights: they meet them in L2.
+    pid = tl.program_id(0)
+    pid_s = tl.program_id(1)
+    group = pid // (GROUP_M * n_tiles)
+    group_rows = min(m_tiles - group * GROUP_M, GROUP_M)
+    inner = pid - group * GROUP_M * n_tiles
+    pid_m = group * GROUP_M + inner % group_rows
+    pid_n = inner // group_rows
+
+    rows = pid_n * BN + tl.arange(0, BN)
+    columns = tl.arange(0, BKW)
+    rows_m = pid_m * BM + tl.arange(0, BM)
+    row_ok = rows_m < M
+    rows_m64 = rows_m.to(tl.int64)
+    first = pid_s * blocks_per_split
+    last = min(first + blocks_per_split, k_blocks)
+
+    codes_row = (rows // TILE) * (k_blocks * TILE * BKW) + (rows % TILE) * BKW
+    codes_at = codes_ptr + codes_row[:, None] + columns[None, :]
+    if FORMAT == "nvfp4":
+        SCALES: tl.constexpr = BKW // 16
+        scale_row = (rows // TILE) * (k_blocks * TILE * SCALES) + (rows % TILE) * SCALES
+        scale_at = scale_ptr + scale_row[:, None] + tl.arange(0, SCALES)[None, :]
+    if FORMAT == "absmax7_g128":
+        groups = tl.cdiv(k_blocks * BK, 128)
+        group_at = scale_ptr + (rows // TILE) * (groups * TILE) + rows % TILE
+        g0 = tl.load(group_at + (first * BK // 128) * TILE)
+        g1 = tl.load(group_at + min(first * BK // 128 + 1, groups - 1) * TILE)
+
+    # BLOCK_SUMS: one sum a K block, added in float32, as a g128 scale needs anyway. It keeps the accumulator of the
+    # wgmma out of the loop's carried registers: on sm_90 ptxas otherwise makes each product wait for the one before
+    # (its note C7515). Wide token tiles have no registers for a second accumulator and mostly escape that note.
+    acc = tl.zeros((BN, BM), tl.float32)
+    for block in range(first, last):
+        packed = tl.load(codes_at + block * (TILE * BKW))
+        k0 = block * BK + columns
+        x0 = _x_tile(x_ptr, rows_m64, row_ok, k0, K, stride_xm, EVEN_K, UPCAST)
+        x1 = _x_tile(x_ptr, rows_m64, row_ok, k0 + BKW, K, stride_xm, EVEN_K, UPCAST)
+        x2 = _x_tile(x_ptr, rows_m64, row_ok, k0 + 2 * BKW, K, stride_xm, EVEN_K, UPCAST)
+        x3 = _x_tile(x_ptr, rows_m64, row_ok, k0 + 3 * BKW, K, stride_xm, EVEN_K, UPCAST)
+        if FORMAT == "nvfp4":
+            scales = tl.load(scale_at + block * (TILE * SCALES))
+            f0 = spread_scales(scales, 0, BN, BKW, X, NATIVE, SMALL_SCALES)
+            f1 = spread_scales(scales, 1, BN, BKW, X, NATIVE, SMALL_SCALES)
+            f2 = spread_scales(scales, 2, BN, BKW, X, NATIVE, SMALL_SCALES)
+            f3 = spread_scales(scales, 3, BN, BKW, X, NATIVE, SMALL_SCALES)
+            w0, w1, w2, w3 = e2m1_operands(packed, f0, f1, f2, f3, X, NATIVE, TWIDDLED)
+        else:
+            w0, w1, w2, w3 = int4_operands(packed, X, NATIVE)
+        if FORMAT == "absmax7_g128":
+            # Group scales are loaded a block ahead, so that their latency does not stand in the loop.
+            ahead = min(block + 1, last - 1)
+            now0, now1 = g0, g1
+            g0 = tl.load(group_at + (ahead * BK // 128) * TILE)
+            g1 = tl.load(group_at + min(ahead * BK // 128 + 1, groups - 1) * TILE)
+            part = tl.dot(w0, x0, input_precision="ieee")
+            part = tl.dot(w1, x1, part, input_precision="ieee")
+            if BK > 128:
+                acc += part * now0[:, None]
+                part = tl.dot(w2, x2, input_precision="ieee")
+                part = tl.dot(w3, x3, part, input_precision="ieee")
+                acc += part * now1[:, None]
+            else:
+                part = tl.dot(w2, x2, part, input_precision="ieee")
+                part = tl.dot(w3, x3, part, input_precision="ieee")
+                acc += part * now0[:, None]
+        elif BLOCK_SUMS:
+            part = tl.dot(w0, x0, input_precision="ieee")
+            part = tl.dot(w1, x1, part, input_precision="ieee")
+            part = tl.dot(w2, x2, part, input_precision="ieee")
+            part = tl.dot(w3, x3, part, input_precision="ieee")
+            acc += part
+        else:
+            acc = tl.dot(w0, x0, acc, input_precision="ieee")
+            acc = tl.dot(w1, x1, acc, input_precision="ieee")
+            acc = tl.dot(w2, x2, acc, input_precision="ieee")
+            acc = tl.dot(w3, x3, acc, input_precision="ieee")
+
+    finish = True
+    if SPLIT > 1:
+        tile = pid_m * n_tiles + pid_n
+        element = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        workspace = partial_ptr + tile.to(tl.int64) * (SPLIT * BN * BM) + element
+        tl.store(workspace + pid_s * (BN * BM), acc, cache_modifier=".cg")
+        # All threads' stores must be issued before one thread publishes them with the ticket.
+        tl.debug_barrier()
+        finish = tl.atomic_add(ticket_ptr + tile, 1, sem="acq_rel") == SPLIT - 1
+        if finish:
+            tl.store(ticket_ptr + tile, 0)
+            acc = tl.zeros((BN, BM), tl.float32)
+            for split in tl.static_range(SPLIT):
+                acc += tl.load(workspace + split * (BN * BM), cache_modifier=".cg")
+    if finish:
+        value = acc
+        if FORMAT == "absmax7_row":
+            value = value * tl.load(scale_ptr + rows)[:, None]
+        elif FORMAT == "absmax7_tensor":
+            value = value * tl.load(scale_ptr)
+        elif FORMAT == "nvfp4":
+            if NATIVE:
+                value = value * E2M1_DEFERRED
+            value = value * tl.load(global_ptr)
+        row_in = rows < N
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + rows, mask=row_in, other=0.0).to(tl.float32)
+            value = value + bias[:, None]
+        value = activate(value, ACT)
+        y_at = y_ptr + rows_m64[None, :] * stride_ym + rows[:, None]
+        tl.store(y_at, to_output(value, X, not INTERPRETED), mask=row_in[:, None] & row_ok[None, :])
