@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup run test check format claims clean
+.PHONY: setup run test check format claims baseline clean
 
 setup: .venv/.ready
 
@@ -30,6 +30,10 @@ format: setup
 
 claims: setup
 	$(BIN)/vbench claims update README.md
+
+# Keep from RUN (a run's folder) the records the README rests on: make baseline RUN=... MACHINE=h200
+baseline: setup
+	$(BIN)/python -m vbench.baseline README.md $(RUN) results/baselines/$(MACHINE)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis results/runs

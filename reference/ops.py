@@ -58,6 +58,13 @@ def _reject_attention(case: Case) -> tuple[str, str] | None:
     return None
 
 
+def _reject_tiers(case: Case) -> tuple[str, str] | None:
+    for name in ("keys", "item_bytes", "steps", "gpu_bytes"):
+        if case.axis(name) == 0:
+            return "zero_size", f"{name}=0: a trace needs keys, bytes, steps and a level 0"
+    return None
+
+
 _FMT = Param("fmt", "choice", "4-bit weight format", FORMATS)
 _N = Param("n", "axis", "output features")
 _K = Param("k", "axis", "input features")
@@ -191,6 +198,7 @@ TIER_STACK = Op(
     ),
     inputs="vbench.reference.tiers:tier_inputs",
     oracle="vbench.reference.tiers:tier_oracle",
+    reject=_reject_tiers,
     metrics="vbench.reference.tiers:tier_metrics",
 )
 

@@ -445,7 +445,9 @@ def _restated(data: Any, where: str, ops: Mapping[str, Collection[str]] | None) 
         raise table.fail("reduce", "a fraction is taken over everything selected")
     if restated.quantity.startswith("time.") and restated.kind != "time":
         raise table.fail("kind", f"{restated.quantity} stands in records of kind time only")
-    table.done("sentence, metric, quantity, kind, backend, over, select, over_select, reduce, holds, hardware, reviewed")
+    table.done(
+        "sentence, metric, quantity, kind, backend, over, select, over_select, reduce, holds, hardware, reviewed"
+    )
     return restated
 
 

@@ -27,7 +27,7 @@ import bisect
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from vbench.claims import CLASS_PATTERN, VERDICT_WORDS, Figures, Ledger
@@ -288,6 +288,27 @@ def update(
     return "".join((*out, text[at:]))
 
 
+def evidence(
+    text: str, ledger: Ledger, records: Sequence[Record], *, current_sources: CurrentSources, where: str = "document"
+) -> list[Record]:
+    """The records that the document's generated spans rest on, in the order given.
+
+    Raises:
+        DataError: as ``check``.
+    """
+    verdicts = {v.claim: v for v in judge(ledger, records, current_sources=current_sources)}
+    ids: set[str] = set()
+    for span in _spans(text, where):
+        selector = _Selector(span.selector, f"{where}:{span.line}") if span.kind == "table" else None
+        if selector is not None and selector.kind in ("ratio", "value"):
+            cells = _grid(selector, records).found.values()
+            ids |= {r.id for cell in cells for side in cell.values() for r in side}
+        elif selector is None or selector.kind == "claims":
+            chosen = verdicts.values() if selector is not None else filter(None, [verdicts.get(span.selector)])
+            ids |= {i for v in chosen for f in v.findings for i in f.rests_on}
+    return [r for r in records if r.id in ids]
+
+
 def _render(
     span: _Span,
     text: str,
@@ -418,7 +439,19 @@ def _order(value: str) -> tuple[int, int, str]:
     return (0, int(value), "") if value.isdecimal() else (1, 0, value)
 
 
-def _cells_table(selector: _Selector, records: Sequence[Record], current_sources: CurrentSources) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """What a table of kind ``ratio`` or ``value`` shows: (row, column) -> backend -> records."""
+
+    quantity: str
+    sides: tuple[str, ...]
+    rows: str
+    cols: str
+    found: Mapping[tuple[str, str], Mapping[str, list[Record]]]
+
+
+def _grid(selector: _Selector, records: Sequence[Record]) -> _Grid:
+    """The records a selector names. Raises DataError for an unknown parameter or a cell with several cases."""
     here, who = selector.here, r"\w+(\[\w+\])?"
     quantity = selector.take(
         "quantity", r"time\.(graph|wall|cold)|peak_bytes|error\.(worst_over_budget|correctly_rounded)|metrics\.\w+"
@@ -428,8 +461,7 @@ def _cells_table(selector: _Selector, records: Sequence[Record], current_sources
         sides.append(selector.take("over", who))
     op, rows, cols = (selector.take(key, r"\w+") for key in ("op", "rows", "cols"))
     hardware = selector.take("hardware", CLASS_PATTERN.pattern, "any")
-    seconds = quantity.startswith("time.")
-    kind = selector.take("kind", "check|time", "time" if seconds else "check")
+    kind = selector.take("kind", "check|time", "time" if quantity.startswith("time.") else "check")
     wanted = {"seed": ["0"], **{name: value.split(",") for name, value in selector.given.items()}}
     found: dict[tuple[str, str], dict[str, list[Record]]] = {}
     cases: dict[tuple[str, str], set[str]] = {}
@@ -446,22 +478,28 @@ def _cells_table(selector: _Selector, records: Sequence[Record], current_sources
         key = (params[rows], params[cols])
         cases.setdefault(key, set()).add(record.case)
         found.setdefault(key, {}).setdefault(record.who, []).append(record)
-    if not found:
-        return ["NOT_RUN (no_records)"]
     for key, ids in cases.items():
         if len(ids) > 1:
             raise DataError(f"{here}: cell {rows}={key[0]}, {cols}={key[1]} has {len(ids)} cases; fix more parameters")
-    unit = "x" if len(sides) == 2 else "s" if seconds else "B" if quantity == "peak_bytes" else ""
-    columns = sorted({c for _, c in found}, key=_order)
+    return _Grid(quantity, tuple(sides), rows, cols, found)
+
+
+def _cells_table(selector: _Selector, records: Sequence[Record], current_sources: CurrentSources) -> list[str]:
+    grid = _grid(selector, records)
+    if not grid.found:
+        return ["NOT_RUN (no_records)"]
+    seconds = grid.quantity.startswith("time.")
+    unit = "x" if len(grid.sides) == 2 else "s" if seconds else "B" if grid.quantity == "peak_bytes" else ""
+    columns = sorted({c for _, c in grid.found}, key=_order)
     body = []
-    for row in sorted({r for r, _ in found}, key=_order):
-        cells = [_cell(found.get((row, c), {}), sides, quantity, unit, current_sources) for c in columns]
-        body.append([row, *cells])
-    return _markdown([rows, *(f"{cols}={c}" for c in columns)], body)
+    for row in sorted({r for r, _ in grid.found}, key=_order):
+        here = [grid.found.get((row, c), {}) for c in columns]
+        body.append([row, *(_cell(cell, grid.sides, grid.quantity, unit, current_sources) for cell in here)])
+    return _markdown([grid.rows, *(f"{grid.cols}={c}" for c in columns)], body)
 
 
 def _cell(
-    found: dict[str, list[Record]], sides: Sequence[str], quantity: str, unit: str, current_sources: CurrentSources
+    found: Mapping[str, list[Record]], sides: Sequence[str], quantity: str, unit: str, current_sources: CurrentSources
 ) -> str:
     """One cell: the median over process runs; or why there is none. A wrong peer's figure is marked as wrong."""
     by_run: list[dict[str, float]] = []

@@ -26,7 +26,7 @@ from vbench.store import RunStore, new_run_id, read_records
 def current_sources() -> Callable[[Record], str | None]:
     """Digest of the sources as they are now for a record's backend and op; ``None`` where they cannot be found."""
     ops, infos = registry.ops(), registry.backends()
-    stated = _stated(_ledgers())
+    stated = _stated(ledgers())
 
     def find(record: Record) -> str | None:
         if record.kind == "arithmetic":
@@ -40,15 +40,15 @@ def current_sources() -> Callable[[Record], str | None]:
     return find
 
 
-def _ledgers() -> dict[str, Ledger]:
+def ledgers() -> dict[str, Ledger]:
     """Every ledger, its selects checked against the registered ops."""
     params = {op.name: [p.name for p in op.params] for op in registry.ops().values()}
     return {name: load_ledger(path, ops=params) for name, path in registry.ledger_paths().items()}
 
 
-def _stated(ledgers: dict[str, Ledger]) -> dict[str, Claim]:
+def _stated(books: dict[str, Ledger]) -> dict[str, Claim]:
     """Claims that arithmetic decides, by id."""
-    return {c.id: c for ledger in ledgers.values() for c in ledger.claims if c.stated is not None}
+    return {c.id: c for book in books.values() for c in book.claims if c.stated is not None}
 
 
 def run_suites(
@@ -70,8 +70,8 @@ def run_suites(
     chosen_suites = [known_suites[n] for n in registry.choose("suite", suites, known_suites)]
     chosen_ops = registry.choose("op", ops, known_ops)
     chosen = {n: known_backends[n] for n in registry.choose("backend", backends, known_backends)}
-    ledgers = _ledgers()
-    stated = _stated(ledgers)
+    books = ledgers()
+    stated = _stated(books)
     where: Device = "cuda" if device == "cuda" else "cpu" if device == "cpu" else detect_device()
     if where == "cuda" and device == "cuda" and detect_device() != "cuda":
         raise UsageError("--device cuda: torch sees no GPU here; use --device cpu, or run on a machine with CUDA")
@@ -106,7 +106,7 @@ def run_suites(
             records = run.execute()
     finally:
         store.close()
-    verdicts = [v for ledger in ledgers.values() for v in judge(ledger, records, current_sources=current_sources())]
+    verdicts = [v for book in books.values() for v in judge(book, records, current_sources=current_sources())]
     code, reasons = exit_code(records, verdicts, strict=strict)
     if as_json:
         print(json.dumps(_summary(summary, records, verdicts, code, reasons, store.path), indent=1))
@@ -238,9 +238,9 @@ def show_run(run: str, out: Path, failed: bool, case_hash: str | None, as_json: 
 
 
 def _ledger(name: str) -> Ledger:
-    ledgers = _ledgers()
-    registry.choose("ledger", [name], ledgers)
-    return ledgers[name]
+    books = ledgers()
+    registry.choose("ledger", [name], books)
+    return books[name]
 
 
 def baselines() -> list[Record]:

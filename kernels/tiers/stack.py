@@ -12,7 +12,8 @@ Capacity. Level 0 is one slab of exactly its capacity and never holds more, not 
 pinned slab of its capacity plus ``largest_bytes`` of transit room, through which files are read and written and in
 which a tensor waits while it swaps places with others; settled tensors never exceed the capacity. The file level may
 hold, besides its capacity, the files of tensors in motion, since a file is removed only after its successor exists.
-``Arena`` says how exact bytes and fragmentation go together.
+``Arena`` says how exact bytes and fragmentation go together; a slab that must be packed gets a bounce buffer of at most
+1 MiB beside it (``pool.SCRATCH_BYTES``), the only memory outside the slabs.
 
 Cost. A hit on level 0 moves two list links. A miss costs that for each tensor moved, whatever the number of tensors
 held (``Ledger.steps`` counts).
