@@ -1,6 +1,8 @@
 # make run and make test need nothing but Python >= 3.11 and make on Linux.
 PYTHON ?= python3
 BIN := .venv/bin
+# Documents with numbers generated from records.
+GENERATED := README.md docs/verdicts.md
 
 .PHONY: setup run test check format claims baseline clean
 
@@ -22,18 +24,18 @@ check: setup
 
 test: check
 	$(BIN)/pytest
-	$(BIN)/vbench claims check README.md
+	for doc in $(GENERATED); do $(BIN)/vbench claims check $$doc || exit 1; done
 
 format: setup
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 claims: setup
-	$(BIN)/vbench claims update README.md
+	for doc in $(GENERATED); do $(BIN)/vbench claims update $$doc || exit 1; done
 
 # Keep from RUN (a run's folder) the records the README rests on: make baseline RUN=... MACHINE=h200
 baseline: setup
-	$(BIN)/python -m vbench.baseline README.md $(RUN) results/baselines/$(MACHINE)
+	$(BIN)/python -m vbench.baseline $(RUN) results/baselines/$(MACHINE) $(GENERATED)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis results/runs

@@ -5,18 +5,7 @@ It proves the plumbing (an own backend whose only error is rounding) and is the 
 
 from __future__ import annotations
 
-from vbench.backend import Availability, DeclaredBackend, Device
-
-
-def probe(device: Device) -> Availability:
-    """Usable on the CPU always, on ``cuda`` where torch finds a device."""
-    import torch
-
-    versions = {"torch": str(torch.__version__)}
-    if device == "cuda" and not torch.cuda.is_available():
-        return Availability(False, "none", "torch finds no CUDA device; run with --device cpu", versions)
-    return Availability(True, "native", "", versions)
-
+from vbench.backend import DeclaredBackend
 
 BACKEND = DeclaredBackend(
     name="torch",
@@ -29,6 +18,5 @@ BACKEND = DeclaredBackend(
         "attention": "vbench.reference.kernels:make_attention",
         "tier_stack": "vbench.reference.kernels:make_tier_stack",
     },
-    probe_function="vbench.reference.backend:probe",
     timed=False,
 )

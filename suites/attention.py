@@ -56,7 +56,8 @@ def _checks() -> tuple[Case, ...]:
 
 #: The FlashAttention papers' sweep: 16384 tokens a batch, hidden size 2048.
 TOKENS, HIDDEN = 16384, 2048
-LENGTHS = (512, 1024, 4096, 16384)
+LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+STANDARD_LENGTHS = (1024, 4096, 16384)
 PAPERS = "FlashAttention-2 and -3 papers, section on speed: 16k tokens, hidden dimension 2048"
 LLAMA3 = (
     "Llama-3-8B (meta-llama/Meta-Llama-3-8B config.json: num_attention_heads=32, num_key_value_heads=8), 16k tokens"
@@ -70,7 +71,7 @@ def _benches() -> tuple[BenchCase, ...]:
         for d in (64, 128):
             heads = HIDDEN // d
             case = op.case(dtype="bf16", causal=causal, b=TOKENS // s, hq=heads, hk=heads, sq=s, sk=s, d=d)
-            out.append(BenchCase(case, PAPERS, effort if s != 512 else "full"))
+            out.append(BenchCase(case, PAPERS, effort if s in STANDARD_LENGTHS else "full"))
         grouped = op.case(dtype="bf16", causal=causal, b=TOKENS // s, hq=32, hk=8, sq=s, sk=s, d=128)
         out.append(BenchCase(grouped, LLAMA3, "standard" if s == 4096 else "full"))
     return tuple(out)

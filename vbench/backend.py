@@ -112,13 +112,16 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DeclaredBackend:
-    """A Backend whose probe is a function named ``module:function(device) -> Availability``."""
+    """A Backend whose probe is a function named ``module:function(device) -> Availability``.
+
+    The default suits a backend that needs torch and nothing else.
+    """
 
     name: str
     role: Role
     summary: str
     ops: Mapping[str, str]
-    probe_function: str
+    probe_function: str = "vbench.environment:probe_torch"
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     timed: bool = True

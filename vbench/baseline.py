@@ -1,4 +1,4 @@
-"""Keep the records a document rests on: ``python -m vbench.baseline DOC RUN DEST`` (``make baseline``).
+"""Keep the records a document rests on: ``python -m vbench.baseline RUN DEST DOC...`` (``make baseline``).
 
 Writes ``DEST/<suite>.jsonl`` with just those records of a run that the document's generated numbers need, so that what
 is committed stays small enough to be reviewed. Records of other hardware in DEST are not touched: one folder a machine.
@@ -21,22 +21,27 @@ from vbench.store import read_records, write_records
 LIMIT = 120
 
 
-def make(document: Path, run: Path, destination: Path, ledger: str = "virtual_blackwell") -> dict[str, int]:
+def make(texts: Sequence[Path], run: Path, destination: Path, ledger: str = "virtual_blackwell") -> dict[str, int]:
     """Rows written by suite.
+
+    Arithmetic needs no machine: its records are kept where the run was on a CPU, and left out elsewhere.
 
     Raises:
         DataError: bad records or spans, or more than LIMIT rows.
     """
     records = read_records(run)
-    kept = documents.evidence(
-        document.read_text(encoding="utf-8"),
-        ledgers()[ledger],
-        records,
-        current_sources=current_sources(),
-        where=str(document),
-    )
+    on_gpu = any(r.hardware.startswith("sm_") for r in records)
+    sources = current_sources()
+    ids = {
+        r.id
+        for path in texts
+        for r in documents.evidence(
+            path.read_text(encoding="utf-8"), ledgers()[ledger], records, current_sources=sources, where=str(path)
+        )
+    }
+    kept = [r for r in records if r.id in ids and not (on_gpu and r.kind == "arithmetic")]
     if len(kept) > LIMIT:
-        raise DataError(f"{document} rests on {len(kept)} records of {run}; {LIMIT} is the most a person reviews")
+        raise DataError(f"the documents rest on {len(kept)} records of {run}; {LIMIT} is the most a person reviews")
     by_suite: dict[str, list[Record]] = {}
     for record in kept:
         by_suite.setdefault(record.suite, []).append(record)
@@ -49,12 +54,12 @@ def make(document: Path, run: Path, destination: Path, ledger: str = "virtual_bl
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vbench.baseline", description=__doc__.partition("\n")[0])
-    parser.add_argument("document", type=Path)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("destination", type=Path)
+    parser.add_argument("run", type=Path, help="folder or JSONL file of a run")
+    parser.add_argument("destination", type=Path, help="results/baselines/MACHINE")
+    parser.add_argument("documents", type=Path, nargs="+", help="Markdown files with generated numbers")
     arguments = parser.parse_args(argv)
     try:
-        print(make(arguments.document, arguments.run, arguments.destination))
+        print(make(arguments.documents, arguments.run, arguments.destination))
     except (DataError, UsageError) as error:
         print(f"vbench.baseline: {error}", file=sys.stderr)
         return 2

@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from vbench.backend import Availability, Device
+
 PACKAGES = ("torch", "triton", "numba", "numba-cuda", "numpy", "vbench-kernels")
 
 
@@ -67,6 +69,16 @@ def describe(device: str) -> dict[str, Any]:
         "ptxas": ptxas_version(),
     }
     return {**gpu, **found}
+
+
+def probe_torch(device: Device) -> Availability:
+    """The probe of a backend in plain torch: usable on the CPU always, on ``cuda`` where torch finds a device."""
+    import torch
+
+    versions = {"torch": str(torch.__version__)}
+    if device == "cuda" and not torch.cuda.is_available():
+        return Availability(False, "none", "torch finds no CUDA device; run with --device cpu", versions)
+    return Availability(True, "native", "", versions)
 
 
 def _driver_version() -> str:

@@ -1,4 +1,7 @@
-"""The tier backend: device memory, pinned host memory and files behind one LRU stack. No torch here."""
+"""The tier backend: device memory, pinned host memory and files behind one LRU stack. No torch here.
+
+On a CPU level 0 is plain memory, real in every other respect, so it may be timed there too.
+"""
 
 from __future__ import annotations
 
@@ -9,5 +12,4 @@ BACKEND = DeclaredBackend(
     role="own",
     summary="tier engine: exact byte budgets, pinned slab, side-stream copies, checksummed crash-safe files",
     ops={"tier_stack": "vbench.kernels.tiers.op:make"},
-    probe_function="vbench.kernels.tiers.op:probe",
 )

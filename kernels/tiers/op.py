@@ -24,14 +24,6 @@ LEVELS = 3
 Step = tuple[str, str, int]
 
 
-def probe(device: Device) -> Availability:
-    """Usable wherever torch is; on ``cpu`` level 0 is plain memory, real in every other respect, so it may be timed."""
-    versions = {"torch": torch.__version__}
-    if device == "cuda" and not torch.cuda.is_available():
-        return Availability(False, "none", "torch sees no CUDA device; run on a GPU machine", versions)
-    return Availability(True, "native", versions=versions)
-
-
 def make(case: Case, variant: str, device: Device) -> TierKernel:
     """Factory of the ``tier_stack`` kernel.
 
