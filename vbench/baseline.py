@@ -1,7 +1,8 @@
 """Keep the records a document rests on: ``python -m vbench.baseline RUN DEST DOC...`` (``make baseline``).
 
 Writes ``DEST/<suite>.jsonl`` with just those records of a run that the document's generated numbers need, so that what
-is committed stays small enough to be reviewed. Records of other hardware in DEST are not touched: one folder a machine.
+is committed stays small enough to be reviewed. Suites that the run did not have are left as they are; one folder a
+machine.
 """
 
 from __future__ import annotations
@@ -42,14 +43,16 @@ def make(texts: Sequence[Path], run: Path, destination: Path, ledger: str = "vir
     kept = [r for r in records if r.id in ids and not (on_gpu and r.kind == "arithmetic")]
     if len(kept) > LIMIT:
         raise DataError(f"the documents rest on {len(kept)} records of {run}; {LIMIT} is the most a person reviews")
-    by_suite: dict[str, list[Record]] = {}
+    by_suite: dict[str, list[Record]] = {record.suite: [] for record in records if record.suite}
     for record in kept:
         by_suite.setdefault(record.suite, []).append(record)
-    for old in destination.glob("*.jsonl"):
-        old.unlink()
     for suite, rows in by_suite.items():
-        write_records(destination / f"{suite}.jsonl", rows)
-    return {suite: len(rows) for suite, rows in sorted(by_suite.items())}
+        path = destination / f"{suite}.jsonl"
+        if rows:
+            write_records(path, rows)
+        else:
+            path.unlink(missing_ok=True)
+    return {suite: len(rows) for suite, rows in sorted(by_suite.items()) if rows}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -54,10 +54,15 @@ _INT4_FP16 = tl.constexpr(
 )
 #: E2M1 in bf16: sign to bit 15, the three magnitude bits to 8..6 (two exponent bits, one mantissa bit) gives the value
 #: times 2^-126, the half included because bf16 products honour subnormals. ``packing.TWIDDLE`` places the bits so that
-#: three of the four codes need one shift and one AND. $5..$8 are the scales (times 2^117) of both lanes.
+#: three of the four codes need one shift and one AND. $5..$12 are the scales (times 2^117) of the two elements for each
+#: code position, each scale in both halves of its register.
 _E2M1_BF16 = tl.constexpr(
     """{
-    .reg .b32 t1, t2, t3, t4, t5;
+    .reg .b32 t1, t2, t3, t4, t5, f0, f1, f2, f3;
+    prmt.b32 f0, $5, $6, 0x7610;
+    prmt.b32 f1, $7, $8, 0x7610;
+    prmt.b32 f2, $9, $10, 0x7610;
+    prmt.b32 f3, $11, $12, 0x7610;
     shl.b32 t1, $4, 3;
     shl.b32 t2, $4, 6;
     shr.u32 t3, $4, 4;
@@ -70,16 +75,20 @@ _E2M1_BF16 = tl.constexpr(
     and.b32 t1, t1, 0x81C081C0;
     and.b32 t2, t2, 0x81C081C0;
     mov.b32 t5, 0x80008000;
-    fma.rn.bf16x2 $0, t4, $5, t5;
-    fma.rn.bf16x2 $1, t1, $6, t5;
-    fma.rn.bf16x2 $2, t2, $7, t5;
-    fma.rn.bf16x2 $3, t3, $8, t5;
+    fma.rn.bf16x2 $0, t4, f0, t5;
+    fma.rn.bf16x2 $1, t1, f1, t5;
+    fma.rn.bf16x2 $2, t2, f2, t5;
+    fma.rn.bf16x2 $3, t3, f3, t5;
     }"""
 )
 #: E2M1 in fp16: magnitude bits to 11..9 gives the value times 2^-14. Codes in nibble order.
 _E2M1_FP16 = tl.constexpr(
     """{
-    .reg .b32 t0, t1, t2, s0, s1, s2, z;
+    .reg .b32 t0, t1, t2, s0, s1, s2, z, f0, f1, f2, f3;
+    prmt.b32 f0, $5, $6, 0x7610;
+    prmt.b32 f1, $7, $8, 0x7610;
+    prmt.b32 f2, $9, $10, 0x7610;
+    prmt.b32 f3, $11, $12, 0x7610;
     shl.b32 s0, $4, 12;
     shl.b32 s1, $4, 8;
     shl.b32 s2, $4, 4;
@@ -96,10 +105,10 @@ _E2M1_FP16 = tl.constexpr(
     and.b32 s0, s0, 0x0E000E00;
     lop3.b32 s0, $4, 0x80008000, s0, 0xEA;
     mov.b32 z, 0x80008000;
-    fma.rn.f16x2 $0, t0, $5, z;
-    fma.rn.f16x2 $1, t1, $6, z;
-    fma.rn.f16x2 $2, t2, $7, z;
-    fma.rn.f16x2 $3, s0, $8, z;
+    fma.rn.f16x2 $0, t0, f0, z;
+    fma.rn.f16x2 $1, t1, f1, z;
+    fma.rn.f16x2 $2, t2, f2, z;
+    fma.rn.f16x2 $3, s0, f3, z;
     }"""
 )
 #: What the native E2M1 decode leaves out of its product, so that scale x 2^k stays inside the 16-bit type:
@@ -153,42 +162,105 @@ def int4_operands(packed_i16, X: tl.constexpr, NATIVE: tl.constexpr):
     return a, b, c, d
 
 
-@triton.jit
-def _scale_operand(bits, X: tl.constexpr, SMALL_SCALES: tl.constexpr):
-    """E4M3 scale bytes -> scale times 2^117 (bf16) or 2^5 (fp16), exact.
+#: Four E4M3 bytes of a word -> four registers holding the scale twice, times 2^117 (bf16): the exponent is rebiased by
+#: an integer addition, right for normal scales, which is what encoders with a scale floor of 2^-6 write.
+_SCALES_BF16 = tl.constexpr(
+    """{
+    .reg .b32 b0, b1, b2, b3;
+    prmt.b32 b0, $4, 0, 0x4440;
+    prmt.b32 b1, $4, 0, 0x4441;
+    prmt.b32 b2, $4, 0, 0x4442;
+    prmt.b32 b3, $4, 0, 0x4443;
+    mad.lo.u32 $0, b0, 0x00100010, 0x76807680;
+    mad.lo.u32 $1, b1, 0x00100010, 0x76807680;
+    mad.lo.u32 $2, b2, 0x00100010, 0x76807680;
+    mad.lo.u32 $3, b3, 0x00100010, 0x76807680;
+    }"""
+)
+#: The same for fp16, times 2^5.
+_SCALES_FP16 = tl.constexpr(
+    """{
+    .reg .b32 b0, b1, b2, b3;
+    prmt.b32 b0, $4, 0, 0x4440;
+    prmt.b32 b1, $4, 0, 0x4441;
+    prmt.b32 b2, $4, 0, 0x4442;
+    prmt.b32 b3, $4, 0, 0x4443;
+    mad.lo.u32 $0, b0, 0x00800080, 0x34003400;
+    mad.lo.u32 $1, b1, 0x00800080, 0x34003400;
+    mad.lo.u32 $2, b2, 0x00800080, 0x34003400;
+    mad.lo.u32 $3, b3, 0x00800080, 0x34003400;
+    }"""
+)
 
-    Normal scales are rebiased by an integer addition to the exponent. SMALL_SCALES takes zero and subnormal ones too,
-    at the price of float32 products.
-    """
+
+@triton.jit
+def _any_scale(bits, X: tl.constexpr):
+    """E4M3 byte (int32) -> int32 with the scale times 2^117 (bf16) or 2^5 (fp16) in both halves; subnormal ones too."""
+    value = (bits << 20).to(tl.float32, bitcast=True) * 1329227995784915872903807060280344576.0  # 2^120
     if X == "bf16":
-        if SMALL_SCALES:
-            value = (bits << 20).to(tl.float32, bitcast=True) * 1329227995784915872903807060280344576.0  # 2^120
-            value = (value * 166153499473114484112975882535043072.0).to(tl.bfloat16)  # 2^117
-        else:
-            value = (bits * 16 + 0x7680).to(tl.int16).to(tl.bfloat16, bitcast=True)  # 2^-120 x 2^237
+        half = (value * 166153499473114484112975882535043072.0).to(tl.bfloat16).to(tl.int16, bitcast=True)
     else:
-        if SMALL_SCALES:
-            value = (bits << 20).to(tl.float32, bitcast=True) * 42535295865117307932921825928971026432.0  # 2^125
-            value = value.to(tl.float16)
-        else:
-            value = (bits * 128 + 0x3400).to(tl.int16).to(tl.float16, bitcast=True)  # 2^-8 x 2^13
+        half = (value * 32.0).to(tl.float16).to(tl.int16, bitcast=True)
+    return (half.to(tl.int32) & 0xFFFF) * 0x00010001
+
+
+@triton.jit
+def _spread(value, SLICES: tl.constexpr, ROWS: tl.constexpr, BKW: tl.constexpr):
+    """[(SLICES,) ROWS, BKW/16] -> [(SLICES,) ROWS, BKW], every element 16 times; no first axis if SLICES is 0."""
+    if SLICES == 0:
+        value = tl.reshape(tl.broadcast_to(value[:, :, None], (ROWS, BKW // 16, 16)), (ROWS, BKW))
+    else:
+        wide = tl.broadcast_to(value[:, :, :, None], (SLICES, ROWS, BKW // 16, 16))
+        value = tl.reshape(wide, (SLICES, ROWS, BKW))
     return value
 
 
 @triton.jit
-def spread_scales(
-    word_i32, J: tl.constexpr, ROWS: tl.constexpr, BKW: tl.constexpr, X: tl.constexpr, NATIVE: tl.constexpr,
+def e2m1_scales(
+    word_i32, SLICES: tl.constexpr, ROWS: tl.constexpr, BKW: tl.constexpr, X: tl.constexpr, NATIVE: tl.constexpr,
     SMALL_SCALES: tl.constexpr,
 ):  # fmt: skip
-    """Byte J of E4M3 scale words [ROWS, BKW/16] -> scales [ROWS, BKW], each 16 times: x's dtype if NATIVE, else float32.
+    """E4M3 scale words [(SLICES,) ROWS, BKW/16] -> for each code position a tensor [(SLICES,) ROWS, BKW].
+
+    NATIVE: int32 holding the scaled scale in both halves; SMALL_SCALES takes zero and subnormal scales too, more
+    slowly. Else float32.
 
     Made of views, broadcasts and elementwise operations on a load, without index arithmetic: then the compiler moves
     the whole decode into the register layout of the matrix operand, instead of passing decoded weights through shared
-    memory. Words of 32 bits let it prefetch the load asynchronously, and keep 16-bit operands' layout.
+    memory. Words of 32 bits let it prefetch the load asynchronously, and keep the layout of 16-bit operands.
     """
-    bits = (word_i32 >> (8 * J)) & 0xFF
-    value = _scale_operand(bits, X, SMALL_SCALES) if NATIVE else e4m3_value(bits)
-    return tl.reshape(tl.broadcast_to(value[:, :, None], (ROWS, BKW // 16, 16)), (ROWS, BKW))
+    if NATIVE:
+        if SMALL_SCALES:
+            a = _any_scale(word_i32 & 0xFF, X)
+            b = _any_scale((word_i32 >> 8) & 0xFF, X)
+            c = _any_scale((word_i32 >> 16) & 0xFF, X)
+            d = _any_scale((word_i32 >> 24) & 0xFF, X)
+        elif X == "bf16":
+            a, b, c, d = tl.inline_asm_elementwise(
+                _SCALES_BF16,
+                "=&r,=&r,=&r,=&r,r",
+                [word_i32],
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            a, b, c, d = tl.inline_asm_elementwise(
+                _SCALES_FP16,
+                "=&r,=&r,=&r,=&r,r",
+                [word_i32],
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+                is_pure=True,
+                pack=1,
+            )
+    else:
+        a = e4m3_value(word_i32 & 0xFF)
+        b = e4m3_value((word_i32 >> 8) & 0xFF)
+        c = e4m3_value((word_i32 >> 16) & 0xFF)
+        d = e4m3_value((word_i32 >> 24) & 0xFF)
+    a, b = _spread(a, SLICES, ROWS, BKW), _spread(b, SLICES, ROWS, BKW)
+    c, d = _spread(c, SLICES, ROWS, BKW), _spread(d, SLICES, ROWS, BKW)
+    return a, b, c, d
 
 
 @triton.jit
@@ -201,7 +273,7 @@ def e2m1_operands(packed_i16, f0, f1, f2, f3, X: tl.constexpr, NATIVE: tl.conste
         if X == "bf16":
             a, b, c, d = tl.inline_asm_elementwise(
                 _E2M1_BF16,
-                "=&r,=&r,=&r,=&r,r,r,r,r,r",
+                "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
                 [packed_i16, f0, f1, f2, f3],
                 dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
                 is_pure=True,
@@ -210,7 +282,7 @@ def e2m1_operands(packed_i16, f0, f1, f2, f3, X: tl.constexpr, NATIVE: tl.conste
         else:
             a, b, c, d = tl.inline_asm_elementwise(
                 _E2M1_FP16,
-                "=&r,=&r,=&r,=&r,r,r,r,r,r",
+                "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
                 [packed_i16, f0, f1, f2, f3],
                 dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
                 is_pure=True,

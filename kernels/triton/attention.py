@@ -120,7 +120,10 @@ def descriptor_strides(tensor: Any) -> list[int]:
 
 @dataclass(frozen=True)
 class PlainForward:
-    """The plain Triton kernel for one case. See ``vbench.backend.Kernel``."""
+    """The plain Triton kernel for one case. See ``vbench.backend.Kernel``.
+
+    ``copy_engine``: the GPU has the bulk tensor copy engine and 227 KB of shared memory for a program.
+    """
 
     shape: Shape
     device: Device
@@ -135,7 +138,17 @@ class PlainForward:
         descriptors = self.copy_engine and self.shape.dtype != "fp32" and takes_descriptor(k) and takes_descriptor(v)
         if self.interpreted:
             return INTERPRETED, descriptors
-        return choose(self.shape.dtype, self.shape.d, self.shape.sq, descriptors=descriptors), descriptors
+        shape = self.shape
+        tile = choose(
+            shape.dtype,
+            shape.d,
+            shape.sq,
+            shape.sk,
+            causal=shape.causal != "none",
+            descriptors=descriptors,
+            shared_227kb=self.copy_engine,
+        )
+        return tile, descriptors
 
     def bind(self, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> Launch:
         """Bind q, k, v (any strides) to a launch that writes ``out`` and ``lse``.
@@ -222,6 +235,6 @@ def make(case: Case, variant: str, device: Device) -> Kernel:
     capability = torch.cuda.get_device_capability()
     if capability < (8, 0):
         raise Unsupported("gpu_before_sm_80", f"compute capability {capability}: cp.async and bf16 need 8.0")
-    # sm_120 has the engine too, but not the shared memory that the tiles of that table take.
+    # sm_120 has the engine too, but not the 227 KB of shared memory that those tables count on.
     copy_engine = capability[0] in (9, 10)
     return PlainForward(shape, device, interpreted=False, copy_engine=copy_engine, numerics=numerics)

@@ -1,7 +1,7 @@
 """Compile the attention kernels ahead of time and read what a GPU would get. Needs no GPU, but a process without
 TRITON_INTERPRET=1 (there ``@triton.jit`` makes no compilable function).
 
-    python -m vbench.kernels.triton.attention_aot [bf16|fp16|fp32|gluon ...]   # one line a configuration
+    python -m vbench.kernels.triton.attention_aot [bf16|fp16|fp32|gluon ...]    # one line a configuration
 
 Read from the cubin with the ``cuobjdump`` that ships in Triton's wheel: registers at entry, stack (spills), and how many
 of each instruction, in all and inside the loops that multiply matrices.
@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from vbench.kernels.triton.attention_tiles import GluonTile, Tile, choose_gluon, padded_head_dim, plain_tiles
+from vbench.kernels.triton.attention_tiles import GluonTile, Tile, gluon_tiles, padded_head_dim, plain_tiles
 
 #: Shared memory a program may have, bytes (CUDA C++ Programming Guide, compute capabilities).
 SHARED_BYTES = {80: 166912, 90: 232448}
@@ -57,13 +57,14 @@ def configurations() -> Iterator[Configuration]:
             for descriptors in (False, True):
                 if descriptors and (arch == 80 or dtype == "fp32"):
                     continue
-                for d, tiles in plain_tiles(dtype, descriptors=descriptors).items():
+                for d, tiles in plain_tiles(dtype, descriptors=descriptors, shared_227kb=arch == 90).items():
                     for tile in tiles:
                         yield Configuration(dtype, d, tile, True, descriptors, arch)
     for dtype in ("bf16", "fp16"):
         for d in (64, 128):
             for causal in (False, True):
-                yield Configuration(dtype, d, choose_gluon(d), causal, True, 90)
+                for gluon_tile in gluon_tiles(d, causal=causal):
+                    yield Configuration(dtype, d, gluon_tile, causal, True, 90)
 
 
 def _compile_plain(config: Configuration, tile: Tile) -> Any:

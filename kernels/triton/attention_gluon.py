@@ -178,8 +178,9 @@ def _step(
     acc = warpgroup_mma(weights, v, acc, is_async=True)
     s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
     mbarrier.arrive(k_empty.index(k_stage), count=1)
-    # After the last QK of a tile the next Q may come.
-    mbarrier.arrive(q_empty, count=1, pred=step == blocks - 1)
+    # After the last QK of a tile the next Q may come. (A branch, since a predicated arrival keeps its barrier.)
+    if step == blocks - 1:
+        mbarrier.arrive(q_empty, count=1)
     p, peak, total, rescale = _softmax(
         s, peak, total, blocks - 1 - step, visible_until, exponent_scale, MASKED, BLOCK_N
     )
@@ -196,6 +197,35 @@ def _step(
 
 
 @gluon.jit
+def _open_tile(
+    round_index, count, where, q_full, k_full, k_empty, v_full, v_empty, sk, shift,
+    CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WORKERS: gl.constexpr, WORKER: gl.constexpr,
+):  # fmt: skip
+    """Wait for Q; read where the tile lies; step over key blocks that only later workers' rows see.
+
+    Returns batch, head, first row of this worker, its key blocks, and the count of K and V blocks consumed so far.
+    """
+    mbarrier.wait(q_full, round_index & 1)
+    batch = gl.max(where.index(0).load(SCALAR), axis=0)
+    head = gl.max(where.index(1).load(SCALAR), axis=0)
+    tile_row = gl.max(where.index(2).load(SCALAR), axis=0) * (WORKERS * WORKER_ROWS)
+    first_row = tile_row + WORKER * WORKER_ROWS
+    blocks = _key_blocks(first_row, WORKER_ROWS, sk, shift, CAUSAL, BLOCK_N)
+    if CAUSAL:
+        skipped = _key_blocks(tile_row, WORKERS * WORKER_ROWS, sk, shift, CAUSAL, BLOCK_N) - blocks
+        # Released when full and not before: a release is an arrival in the phase that the load began.
+        for step in range(skipped):
+            stage = (count + step) % STAGES
+            phase = ((count + step) // STAGES) & 1
+            mbarrier.wait(k_full.index(stage), phase)
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            mbarrier.wait(v_full.index(stage), phase)
+            mbarrier.arrive(v_empty.index(stage), count=1)
+        count += skipped
+    return batch, head, first_row, blocks, count
+
+
+@gluon.jit
 def _consume(
     o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem,
     where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
@@ -203,35 +233,30 @@ def _consume(
     CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WORKERS: gl.constexpr, D: gl.constexpr,
     ROUND_EARLY: gl.constexpr, WORKER: gl.constexpr,
 ):  # fmt: skip
-    BLOCK_M: gl.constexpr = WORKERS * WORKER_ROWS
+    """One consumer warpgroup: 64 query rows of each of the program's tiles."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
     ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    row_blocks = (sq + BLOCK_M - 1) // BLOCK_M
     q = q_smem.index(WORKER)._reinterpret(q_smem.dtype, [WORKER_ROWS, D], TILE_LAYOUT)
     o_block = o_smem.index(WORKER)
     o_tile = o_block._reinterpret(o_smem.dtype, [WORKER_ROWS, D], TILE_LAYOUT)
+    rounds = _rounds(heads * ((sq + WORKERS * WORKER_ROWS - 1) // (WORKERS * WORKER_ROWS)))
     count = 0
-    for round_index in range(_rounds(heads * row_blocks)):
-        mbarrier.wait(q_full.index(WORKER), round_index & 1)
-        batch = gl.max(where.index(0).load(SCALAR), axis=0)
-        head = gl.max(where.index(1).load(SCALAR), axis=0)
-        row_block = gl.max(where.index(2).load(SCALAR), axis=0)
-        tile_row = row_block * BLOCK_M
-        first_row = tile_row + WORKER * WORKER_ROWS
-        tile_blocks = _key_blocks(tile_row, BLOCK_M, sk, shift, CAUSAL, BLOCK_N)
-        blocks = _key_blocks(first_row, WORKER_ROWS, sk, shift, CAUSAL, BLOCK_N)
-        # Blocks that only the rows of later workers see. They are released when full and not before: a release is an
-        # arrival in the phase that this load began.
-        for step in range(tile_blocks - blocks):
-            stage = (count + step) % STAGES
-            phase = ((count + step) // STAGES) & 1
-            mbarrier.wait(k_full.index(stage), phase)
-            mbarrier.arrive(k_empty.index(stage), count=1)
-            mbarrier.wait(v_full.index(stage), phase)
-            mbarrier.arrive(v_empty.index(stage), count=1)
-        count += tile_blocks - blocks
+    for round_index in range(rounds):
+        batch, head, first_row, blocks, count = _open_tile(
+            round_index, count, where, q_full.index(WORKER), k_full, k_empty, v_full, v_empty, sk, shift,
+            CAUSAL, BLOCK_N, STAGES, WORKERS, WORKER,
+        )  # fmt: skip
+        stage = count % STAGES
+        mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
+        k = k_smem.index(stage)._reinterpret(k_smem.dtype, [BLOCK_N, D], TILE_LAYOUT)
+        zeros = gl.zeros([WORKER_ROWS, BLOCK_N], gl.float32, S_LAYOUT)
+        s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        if blocks == 1:
+            mbarrier.arrive(q_empty.index(WORKER), count=1)
         rows = first_row + gl.arange(0, WORKER_ROWS, layout=ROW_LAYOUT)
         if CAUSAL:
             visible_until = gl.minimum(rows + (shift + 1), sk)
@@ -240,20 +265,9 @@ def _consume(
             visible_until = gl.zeros([WORKER_ROWS], gl.int32, ROW_LAYOUT) + sk
             whole = sk // BLOCK_N
         masked = gl.maximum(blocks - whole, 1)
-
-        stage = count % STAGES
-        mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
-        k = k_smem.index(stage)._reinterpret(k_smem.dtype, [BLOCK_N, D], TILE_LAYOUT)
-        zeros = gl.zeros([WORKER_ROWS, BLOCK_N], gl.float32, S_LAYOUT)
-        s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
-        mbarrier.arrive(k_empty.index(stage), count=1)
-        mbarrier.arrive(q_empty.index(WORKER), count=1, pred=blocks == 1)
         peak = gl.full([WORKER_ROWS], -float("inf"), gl.float32, ROW_LAYOUT)
         total = gl.zeros([WORKER_ROWS], gl.float32, ROW_LAYOUT)
-        p, peak, total, rescale = _softmax(
-            s, peak, total, blocks - 1, visible_until, exponent_scale, True, BLOCK_N
-        )
+        p, peak, total, rescale = _softmax(s, peak, total, blocks - 1, visible_until, exponent_scale, True, BLOCK_N)
         if ROUND_EARLY:
             p = gl.convert_layout(p.to(v_smem.dtype), P_LAYOUT)
         acc = gl.zeros([WORKER_ROWS, D], gl.float32, O_LAYOUT)
@@ -335,67 +349,47 @@ def attention_forward_hopper(
     if WORKERS == 2:
         gl.warp_specialize([
             (_produce, (
-                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem,
+                where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 hq, heads_per_kv, sq, sk, shift, heads, heads_per_group, CAUSAL, BLOCK_N, STAGES, WORKERS,
             )),
             (_consume, (
-                o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem, where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem,
+                where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
                 CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, 0,
             )),
             (_consume, (
-                o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem, where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem,
+                where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
                 CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, 1,
             )),
         ], [4, 4], [WORKER_REGISTERS, WORKER_REGISTERS])  # fmt: skip
-    elif WORKERS == 3:
+    else:
+        gl.static_assert(WORKERS == 3, "2 or 3 consumer warpgroups")
         gl.warp_specialize([
             (_produce, (
-                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem,
+                where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 hq, heads_per_kv, sq, sk, shift, heads, heads_per_group, CAUSAL, BLOCK_N, STAGES, WORKERS,
             )),
             (_consume, (
-                o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem, where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem,
+                where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
                 CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, 0,
             )),
             (_consume, (
-                o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem, where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem,
+                where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
                 CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, 1,
             )),
             (_consume, (
-                o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem, where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem,
+                where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
                 CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, 2,
             )),
         ], [4, 4, 4], [WORKER_REGISTERS, WORKER_REGISTERS, WORKER_REGISTERS])  # fmt: skip
-    else:
-        gl.static_assert(WORKERS == 4, "2, 3 or 4 consumer warpgroups")
-        gl.warp_specialize([
-            (_produce, (
-                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                hq, heads_per_kv, sq, sk, shift, heads, heads_per_group, CAUSAL, BLOCK_N, STAGES, WORKERS,
-            )),
-            (_consume, (
-                o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem, where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
-                CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, 0,
-            )),
-            (_consume, (
-                o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem, where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
-                CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, 1,
-            )),
-            (_consume, (
-                o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem, where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
-                CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, 2,
-            )),
-            (_consume, (
-                o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem, where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
-                CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, 3,
-            )),
-        ], [4, 4, 4, 4], [WORKER_REGISTERS, WORKER_REGISTERS, WORKER_REGISTERS, WORKER_REGISTERS])  # fmt: skip

@@ -36,7 +36,8 @@ class GluonForward:
             Unsupported: see ``check_tensors``; ``layout_not_for_copy_engine`` for a tensor whose base or strides the
                 bulk tensor copy engine cannot take; ``lse_rows_not_contiguous``.
         """
-        return self.bind_tile(inputs, out, choose_gluon(self.shape.d))
+        tile = choose_gluon(self.shape.d, self.shape.sk, causal=self.shape.causal != "none")
+        return self.bind_tile(inputs, out, tile)
 
     def bind_tile(self, inputs: Mapping[str, Any], out: Mapping[str, Any], tile: GluonTile) -> Launch:
         """As ``bind``, with a tile of the caller's choice (the tuner's)."""

@@ -35,8 +35,8 @@ class GluonTile:
 
     Args:
         block_n: keys of a step. stages: blocks of K, and of V, in flight.
-        workers: consumer warpgroups of 64 query rows each, 2 to 4.
-        registers: of a consumer thread. With the producer's, a block's must fit 65536: 2 x 240, 3 x 160 or 4 x 112.
+        workers: consumer warpgroups of 64 query rows each, 2 or 3.
+        registers: of a consumer thread. With the producer's, a block's must fit 65536: 2 x 240 or 3 x 160.
         round_early: see ``attention_gluon._step``.
     """
 
@@ -63,8 +63,8 @@ _FP32 = {
     128: Tile(32, 32, 8, 1),
     256: Tile(32, 16, 8, 1),
 }
-#: 16-bit through pointers (cp.async): odd strides and head dims, and every GPU without the bulk tensor copy engine.
-#: Two stages at 128 keep shared memory under the 99 KB of consumer GPUs (sm_86, sm_89, sm_120).
+#: 16-bit through pointers (cp.async) on any GPU. Two stages at 128 keep shared memory under the 99 KB of consumer GPUs
+#: (sm_86, sm_89, sm_120).
 _POINTERS = {
     16: Tile(128, 64, 4, 3),
     32: Tile(128, 64, 4, 3),
@@ -72,8 +72,10 @@ _POINTERS = {
     128: Tile(128, 64, 8, 2),
     256: Tile(64, 32, 8, 2),
 }
-#: 16-bit through the bulk tensor copy engine, on GPUs with 227 KB of shared memory (sm_90, sm_100). Small tiles win:
-#: three or four programs share a multiprocessor, and one's softmax runs under another's matrix products.
+#: The same where a program may have 227 KB (sm_90, sm_100): strides and head dims the copy engine does not take.
+_POINTERS_227KB = _POINTERS | {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 3)}
+#: 16-bit through the bulk tensor copy engine, sm_90 and sm_100. Small tiles win: several programs share a
+#: multiprocessor, and one's softmax runs under another's matrix products.
 _DESCRIPTORS = {
     16: Tile(64, 64, 4, 3),
     32: Tile(64, 64, 4, 3),
@@ -81,6 +83,10 @@ _DESCRIPTORS = {
     128: Tile(64, 64, 4, 3),
     256: Tile(128, 64, 8, 2),
 }
+#: Exceptions at head dim 64, where a step's exponentials take as long as its matrix products.
+_DESCRIPTORS_64_CAUSAL = Tile(64, 64, 4, 2)
+_DESCRIPTORS_64_LONG = Tile(64, 128, 4, 2)
+_LONG_64 = 4096
 #: Few query rows (decoding): a 64-row tile would be nearly all padding.
 _FEW_ROWS = {
     16: Tile(16, 64, 4, 2),
@@ -91,34 +97,57 @@ _FEW_ROWS = {
 }
 
 
-def choose(dtype: str, d: int, sq: int, *, descriptors: bool) -> Tile:
+def choose(dtype: str, d: int, sq: int, sk: int, *, causal: bool, descriptors: bool, shared_227kb: bool) -> Tile:
     """The tile for a case.
 
     Args:
-        dtype: ``bf16``, ``fp16`` or ``fp32``. d: head dim, at most 256. sq: query rows.
+        dtype: ``bf16``, ``fp16`` or ``fp32``. d: head dim, at most 256. sq: query rows. sk: keys.
         descriptors: K and V come through the bulk tensor copy engine.
+        shared_227kb: a program may have 227 KB of shared memory.
     """
     width = padded_head_dim(d)
     if dtype == "fp32":
         return _FP32[width]
     if sq <= 16:
         return _FEW_ROWS[width]
-    return _DESCRIPTORS[width] if descriptors else _POINTERS[width]
+    if not descriptors:
+        return (_POINTERS_227KB if shared_227kb else _POINTERS)[width]
+    if width == 64 and sk >= _LONG_64:
+        return _DESCRIPTORS_64_LONG
+    if width == 64 and causal:
+        return _DESCRIPTORS_64_CAUSAL
+    return _DESCRIPTORS[width]
 
 
-def plain_tiles(dtype: str, *, descriptors: bool) -> dict[int, list[Tile]]:
+def plain_tiles(dtype: str, *, descriptors: bool, shared_227kb: bool) -> dict[int, list[Tile]]:
     """Padded head dim -> every tile ``choose`` can return for it; for the ahead-of-time compile check."""
-    tables = [_FP32] if dtype == "fp32" else [_FEW_ROWS, _DESCRIPTORS if descriptors else _POINTERS]
-    return {width: list(dict.fromkeys(table[width] for table in tables)) for width in _FP32}
+    if dtype == "fp32":
+        return {width: [tile] for width, tile in _FP32.items()}
+    main = _DESCRIPTORS if descriptors else _POINTERS_227KB if shared_227kb else _POINTERS
+    found = {width: [_FEW_ROWS[width], main[width]] for width in main}
+    if descriptors:
+        found[64] += [_DESCRIPTORS_64_CAUSAL, _DESCRIPTORS_64_LONG]
+    return found
 
 
-#: head dim -> tile
-_GLUON = {64: GluonTile(128, 4, 3, 160, True), 128: GluonTile(128, 2, 2, 240, False)}
+#: Gluon: three consumers hide more of the softmax when a program's walk is long and even; two waste less of a short or
+#: causal one. At head dim 128 three do not fit the registers.
+_GLUON_128 = GluonTile(128, 2, 2, 240, False)
+_GLUON_64 = GluonTile(128, 4, 2, 240, False)
+_GLUON_64_LONG = GluonTile(128, 4, 3, 160, True)
+_LONG_GLUON = 2048
 
 
-def choose_gluon(d: int) -> GluonTile:
-    """The Gluon kernel's tile for head dim 64 or 128."""
-    return _GLUON[d]
+def choose_gluon(d: int, sk: int, *, causal: bool) -> GluonTile:
+    """The Gluon kernel's tile for head dim 64 or 128 and ``sk`` keys."""
+    if d == 128:
+        return _GLUON_128
+    return _GLUON_64_LONG if sk >= _LONG_GLUON and not causal else _GLUON_64
+
+
+def gluon_tiles(d: int, *, causal: bool) -> list[GluonTile]:
+    """Every tile ``choose_gluon`` can return."""
+    return list(dict.fromkeys(choose_gluon(d, sk, causal=causal) for sk in (1, _LONG_GLUON)))
 
 
 def heads_per_group(heads: int, heads_per_kv: int, sk: int, d: int, itemsize: int) -> int:

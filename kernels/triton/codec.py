@@ -165,43 +165,42 @@ def encode_nvfp4_kernel(
 
 @triton.jit
 def decode_kernel(
-    codes_ptr,  # u8 [n, k/2]
-    scale_ptr,  # float32, or u8 view of E4M3
+    codes_ptr,  # u8 [rows, width/2]
+    scale_ptr,  # float32 or u8 view of E4M3: [rows], or one for all
     global_ptr,  # float32 [1]
-    y_ptr,  # [n, k]; int16 view when rounded by bits
-    n,
-    k,
-    GROUP: tl.constexpr,
+    y_ptr,  # [rows, width]; int16 view when rounded by bits
+    row_count,
+    width,
+    ONE_SCALE: tl.constexpr,
     NVFP4: tl.constexpr,
     Y: tl.constexpr,
     INTERPRETED: tl.constexpr,
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """fl_y(fl32(value x scale x global)), the product in that order."""
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    """fl_y(fl32(value x scale x global)), the product in that order. A row is what shares a scale."""
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     pair = (tl.program_id(1) * PAIRS + tl.arange(0, PAIRS))[None, :]
-    ok = (rows < n) & (pair < k // 2)
-    byte = tl.load(codes_ptr + rows * (k // 2) + pair, mask=ok, other=0).to(tl.int32)
+    row_ok = row < row_count
+    ok = row_ok & (pair < width // 2)
+    byte = tl.load(codes_ptr + row * (width // 2) + pair, mask=ok, other=0).to(tl.int32)
     if NVFP4:
         low, high = e2m1_value(byte & 0xF), e2m1_value(byte >> 4)
-        scale = e4m3_value(
-            tl.load(scale_ptr + rows * (k // GROUP) + pair // (GROUP // 2), mask=ok, other=0).to(tl.int32)
-        )
+        scale = e4m3_value(tl.load(scale_ptr + row, mask=row_ok, other=0).to(tl.int32))
         factor = tl.load(global_ptr)
         low, high = low * scale * factor, high * scale * factor
     else:
-        low, high = ((byte & 0xF) - 8).to(tl.float32), ((byte >> 4) - 8).to(tl.float32)
-        if GROUP == 0:
+        # The nibble as the last bits of 2^23, minus 2^23 + 8: exact, and cheaper than converting an integer.
+        low = ((byte & 0xF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+        high = ((byte >> 4) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+        if ONE_SCALE:
             scale = tl.load(scale_ptr)
-        elif GROUP == -1:
-            scale = tl.load(scale_ptr + rows, mask=rows < n, other=0.0)
         else:
-            scale = tl.load(scale_ptr + rows * (k // GROUP) + pair // (GROUP // 2), mask=ok, other=0.0)
+            scale = tl.load(scale_ptr + row, mask=row_ok, other=0.0)
         low, high = low * scale, high * scale
     value = tl.reshape(tl.join(low, high), (ROWS, 2 * PAIRS))
     column = tl.program_id(1) * (2 * PAIRS) + tl.arange(0, 2 * PAIRS)[None, :]
-    tl.store(y_ptr + rows * k + column, to_output(value, Y, not INTERPRETED), mask=(rows < n) & (column < k))
+    tl.store(y_ptr + row * width + column, to_output(value, Y, not INTERPRETED), mask=row_ok & (column < width))
 
 
 def _contiguous(name: str, t: Any, shape: tuple[int, ...], device: Device) -> None:
@@ -312,26 +311,32 @@ def decode_launcher(
     weight: Any,
     n: int,
     k: int,
-    tile: tuple[int, int, int] = (2, 512, 8),
+    tile: tuple[int, int, int] | None = None,
 ) -> Launch:
     """A launch that decodes rows of a canonical weight into ``weight`` [n, k] (int16 view of bf16 when interpreted).
 
+    The weight is seen as rows that share a scale: its own rows, or its groups, which are contiguous.
+
     Args:
-        tile: rows, code bytes of a row, and warps of a program: four bytes a thread make one 16-byte store of bf16.
+        tile: rows, code bytes of a row, and warps of a program.
     """
     codes, scale, global_scale = inputs["codes"], inputs["scale"], inputs["global_scale"]
+    group = GROUPS[fmt]
     if fmt == "nvfp4":
         scale = scale.view(torch.uint8)
-    rows, pairs, warps = tile
-    if INTERPRETED:
-        rows, pairs = min(64, triton.next_power_of_2(n)), min(512, max(16, triton.next_power_of_2(k // 2)))
-    grid = (triton.cdiv(n, rows), triton.cdiv(k // 2, pairs))
+    rows, width = (n * k // group, group) if group > 0 else (n, k)
+    if tile is None:
+        tile = (1024 // (width // 2), width // 2, 4) if group > 0 else (2, 512, 8)
+        if INTERPRETED:
+            tile = (min(64, triton.next_power_of_2(rows)), min(512, max(8, triton.next_power_of_2(width // 2))), 4)
+    per_rows, pairs, warps = tile
+    grid = (triton.cdiv(rows, per_rows), triton.cdiv(width // 2, pairs))
 
     def launch() -> None:
         decode_kernel[grid](
-            codes, scale, global_scale, weight, n, k,
-            GROUP=GROUPS[fmt], NVFP4=fmt == "nvfp4", Y=y, INTERPRETED=INTERPRETED,
-            ROWS=rows, PAIRS=pairs, num_warps=warps,
+            codes, scale, global_scale, weight, rows, width,
+            ONE_SCALE=group == 0, NVFP4=fmt == "nvfp4", Y=y, INTERPRETED=INTERPRETED,
+            ROWS=per_rows, PAIRS=pairs, num_warps=warps,
         )  # fmt: skip
 
     return launch

@@ -1,7 +1,8 @@
 """fp4_linear: which kernel serves which case (an explicit table), binding, and the capability check.
 
-Batch invariance: within ``DECODE_MAX_M`` tokens the split of K depends on (n, k) only and every token's sum takes the
-same order, so a row of y does not depend on how many tokens came with it. Beyond, K is not split.
+Batch invariance: a row of y does not depend on how many tokens come with it as long as both counts fall under the same
+accumulation order. Up to ``DECODE_MAX_M`` tokens that order depends on (n, k) only; from there to ``SPLIT_MAX_M`` the
+parts of K do; beyond, K is summed front to back.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ import triton
 
 from vbench.backend import Device, Launch
 from vbench.errors import Unsupported
+from vbench.kernels.triton.linear_decode import decode_linear_kernel
+from vbench.kernels.triton.linear_dequant import OPERAND_ROUNDINGS, bind_dequant
 from vbench.kernels.triton.linear_fused import fused_linear_kernel
 from vbench.kernels.triton.packing import GROUPS, ROW_PAD, PackedWeight, check_weight, pack_weight
 from vbench.kernels.triton.probe import INTERPRETED, check_device
 from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics
 
-DECODE_MAX_M = 64
-#: Programs wanted for the decode regime: enough in flight on every multiprocessor of the largest Hopper part (132).
-DECODE_PROGRAMS = 256
+DECODE_MAX_M = 16
+SPLIT_MAX_M = 64
+#: Programs wanted when K is split among programs: about one on every multiprocessor of the largest Hopper part (132).
+SPLIT_PROGRAMS = 128
 #: Packed blocks a program of a split should at least have, so that its pipeline fills.
 MIN_BLOCKS_PER_SPLIT = 4
 
@@ -32,16 +36,17 @@ class Plan:
     """How one case is computed.
 
     Args:
-        path: ``fused`` (decode in registers) or ``dequant_cublas`` (decode to scratch memory, then the vendor's GEMM).
+        path: ``decode`` (few tokens, K split among warps), ``fused`` (tiles; decoding in registers) or
+            ``dequant_cublas`` (decode to scratch memory, then the vendor's GEMM).
         bn, bm: output features and tokens of a tile.
         bkw: columns of a packed tile; a K block is four times as wide.
-        warps, stages: as Triton means them.
-        split: parts of K.
-        block_sums: add one float32 sum a K block instead of carrying the matrix unit's accumulator along.
+        warps, stages: as Triton means them; in ``decode`` the warps are the slices of K.
+        split: parts of K in different programs (``fused``).
+        block_sums: ``fused``: add one float32 sum a K block instead of carrying the matrix unit's accumulator along.
         chunk: ``dequant_cublas``: weight rows decoded at a time; the scratch they fill should stay in L2.
     """
 
-    path: Literal["fused", "dequant_cublas"]
+    path: Literal["decode", "fused", "dequant_cublas"]
     bn: int
     bm: int
     bkw: int
@@ -52,14 +57,13 @@ class Plan:
     chunk: int = 0
 
 
-#: Largest m -> plan, for 16-bit x on the GPU. Measured on one H200: docs/tuning/fp4.md.
+#: Largest m -> plan, for 16-bit x. Measured on one H200: docs/tuning/fp4.md.
 TABLE_16BIT: tuple[tuple[int, Plan], ...] = (
-    (8, Plan("fused", 64, 8, 64, 4, 4)),
-    (16, Plan("fused", 64, 16, 64, 4, 4)),
+    (8, Plan("decode", 32, 8, 32, 4, 4)),
+    (16, Plan("decode", 32, 16, 32, 4, 4)),
     (32, Plan("fused", 64, 32, 64, 4, 4)),
     (64, Plan("fused", 64, 64, 64, 4, 3)),
-    (128, Plan("fused", 128, 128, 32, 8, 3)),
-    (2**31, Plan("fused", 128, 256, 32, 8, 3, block_sums=False)),
+    (2**31, Plan("fused", 128, 128, 32, 8, 3)),
 )
 #: The same for float32 x, whose products run on the ordinary units: small tiles, narrow blocks.
 TABLE_FP32: tuple[tuple[int, Plan], ...] = (
@@ -69,11 +73,11 @@ TABLE_FP32: tuple[tuple[int, Plan], ...] = (
 
 
 def split_count(n: int, k: int, bn: int, bkw: int) -> int:
-    """Parts of K for the decode regime: a power of two, from n and k only."""
+    """Parts of K for up to SPLIT_MAX_M tokens: a power of two, from n and k only."""
     tiles = -(-n // ROW_PAD) * ROW_PAD // bn
     blocks = -(-k // (4 * bkw))
     split = 1
-    while tiles * split < DECODE_PROGRAMS // 2 and blocks // (2 * split) >= MIN_BLOCKS_PER_SPLIT and split < 16:
+    while tiles * split < SPLIT_PROGRAMS and blocks // (2 * split) >= MIN_BLOCKS_PER_SPLIT and split < 16:
         split *= 2
     return split
 
@@ -82,9 +86,8 @@ def choose_plan(m: int, n: int, k: int, fmt: str, x: str, act: str) -> Plan:
     """The table's entry for a case."""
     table = TABLE_FP32 if x == "fp32" else TABLE_16BIT
     plan = next(p for limit, p in table if m <= limit)
-    if m <= DECODE_MAX_M and plan.path == "fused":
-        split = split_count(n, k, plan.bn, plan.bkw)
-        plan = replace(plan, split=split)
+    if m <= SPLIT_MAX_M and plan.path == "fused":
+        plan = replace(plan, split=split_count(n, k, plan.bn, plan.bkw))
     return plan
 
 
@@ -106,7 +109,8 @@ class LinearKernel:
         self.m, self.n, self.k = case.axis("m"), case.axis("n"), case.axis("k")
         self.has_bias = bool(case.axis("bias"))
         self.plan = plan
-        self.numerics = Numerics("fp32" if INTERPRETED or self.x == "fp32" else "tensor_core")
+        roundings = OPERAND_ROUNDINGS[self.fmt, self.x] if plan.path == "dequant_cublas" else ()
+        self.numerics = Numerics("fp32" if INTERPRETED or self.x == "fp32" else "tensor_core", roundings)
 
     def _check(self, inputs: Mapping[str, Any]) -> None:
         dtype = getattr(torch, TORCH_DTYPE_NAMES[self.x])
@@ -136,10 +140,12 @@ class LinearKernel:
                 ``weight_dtype``, ``scale_not_finite_positive``.
         """
         self._check(inputs)
+        x, y, bias = inputs["x"], out["y"], inputs.get("bias") if self.has_bias else None
+        if self.plan.path == "dequant_cublas":
+            return bind_dequant(self.fmt, inputs, x, bias, y, self.x, self.act, self.plan.chunk)
         twiddled = self.fmt == "nvfp4" and self.x == "bf16"
         packed = pack_weight(self.fmt, inputs, self.n, self.k, self.plan.bkw, twiddled)
-        return bind_fused(packed, inputs["x"], inputs.get("bias") if self.has_bias else None, out["y"],
-                          self.x, self.act, self.plan)  # fmt: skip
+        return bind_packed(packed, x, bias, y, self.x, self.act, self.plan)
 
 
 def fused_call(
@@ -180,12 +186,44 @@ def fused_call(
     return (m_tiles * n_tiles, split), arguments, constants
 
 
-def bind_fused(weight: PackedWeight, x: Any, bias: Any, y: Any, x_name: str, act: str, plan: Plan) -> Launch:
-    """A launch of the fused kernel."""
-    grid, arguments, constants = fused_call(weight, x, bias, y, x_name, act, plan)
+def decode_call(
+    weight: PackedWeight, x: Any, bias: Any, y: Any, x_name: str, act: str, plan: Plan
+) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]:
+    """Grid, arguments and compile-time constants of the decode kernel."""
+    m, n, k = x.shape[0], weight.n, weight.k
+    scale = weight.scale.view(torch.int32) if weight.fmt == "nvfp4" else weight.scale
+    stored = y.view(torch.int16) if INTERPRETED and x_name == "bf16" else y
+    constants: dict[str, Any] = {
+        "FORMAT": weight.fmt,
+        "X": x_name,
+        "ACT": act,
+        "HAS_BIAS": bias is not None,
+        "SLICES": plan.warps,
+        "BN": plan.bn,
+        "BM": plan.bm,
+        "BKW": plan.bkw,
+        "EVEN_K": k % (4 * plan.bkw * plan.warps) == 0,
+        "NATIVE": not INTERPRETED,
+        "INTERPRETED": INTERPRETED,
+        "TWIDDLED": weight.twiddled,
+        "SMALL_SCALES": weight.small_scales,
+        "num_warps": plan.warps,
+        "num_stages": plan.stages,
+    }
+    arguments = (
+        x, weight.codes, scale, weight.global_scale, x if bias is None else bias, stored,
+        m, n, k, x.stride(0), y.stride(0), weight.k_blocks,
+    )  # fmt: skip
+    return (triton.cdiv(n, plan.bn), triton.cdiv(m, plan.bm)), arguments, constants
+
+
+def bind_packed(weight: PackedWeight, x: Any, bias: Any, y: Any, x_name: str, act: str, plan: Plan) -> Launch:
+    """A launch of the plan's kernel on a packed weight."""
+    call, kernel = (decode_call, decode_linear_kernel) if plan.path == "decode" else (fused_call, fused_linear_kernel)
+    grid, arguments, constants = call(weight, x, bias, y, x_name, act, plan)
 
     def launch() -> None:
-        fused_linear_kernel[grid](*arguments, **constants)
+        kernel[grid](*arguments, **constants)
 
     return launch
 

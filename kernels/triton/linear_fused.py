@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vbench.kernels.triton._fp4 import E2M1_DEFERRED, activate, e2m1_operands, int4_operands, spread_scales, to_output
+from vbench.kernels.triton._fp4 import E2M1_DEFERRED, activate, e2m1_operands, e2m1_scales, int4_operands, to_output
 
 
 @triton.jit
@@ -110,10 +110,7 @@ def fused_linear_kernel(
         x3 = _x_tile(x_ptr, rows_m64, row_ok, k0 + 3 * BKW, K, stride_xm, EVEN_K, UPCAST)
         if FORMAT == "nvfp4":
             scales = tl.load(scale_at + block * (TILE * SCALES))
-            f0 = spread_scales(scales, 0, BN, BKW, X, NATIVE, SMALL_SCALES)
-            f1 = spread_scales(scales, 1, BN, BKW, X, NATIVE, SMALL_SCALES)
-            f2 = spread_scales(scales, 2, BN, BKW, X, NATIVE, SMALL_SCALES)
-            f3 = spread_scales(scales, 3, BN, BKW, X, NATIVE, SMALL_SCALES)
+            f0, f1, f2, f3 = e2m1_scales(scales, 0, BN, BKW, X, NATIVE, SMALL_SCALES)
             w0, w1, w2, w3 = e2m1_operands(packed, f0, f1, f2, f3, X, NATIVE, TWIDDLED)
         else:
             w0, w1, w2, w3 = int4_operands(packed, X, NATIVE)
