@@ -3,8 +3,8 @@ TRITON_INTERPRET=1 (there ``@triton.jit`` makes no compilable function).
 
     python -m vbench.kernels.triton.attention_aot [bf16|fp16|fp32|gluon ...]    # one line a configuration
 
-Read from the cubin with the ``cuobjdump`` that ships in Triton's wheel: registers at entry, stack (spills), and how many
-of each instruction, in all and inside the loops that multiply matrices.
+Read from the cubin with the ``cuobjdump`` that ships in Triton's wheel: registers at entry, stack (spills), and how
+many of each instruction, in all and inside the loops that multiply matrices.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ from vbench.kernels.triton.attention_tiles import GluonTile, Tile, gluon_tiles, 
 #: Shared memory a program may have, bytes (CUDA C++ Programming Guide, compute capabilities).
 SHARED_BYTES = {80: 166912, 90: 232448}
 TENSOR_CORE = ("HGMMA", "HMMA")
+#: Local-memory accesses a Gluon loop may hold, as a share of its instructions. Accumulator, scores and weights of a
+#: consumer take 224 of 240 registers (144 of 160), and ptxas keeps some addresses of the tile in local memory. Plain
+#: kernels may hold none.
+GLUON_SPILL_SHARE = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +142,7 @@ def _compile_gluon(config: Configuration, tile: GluonTile) -> Any:
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name == "exponent_scale" else "i32"
-    source = GluonASTSource(
-        fn=attention_forward_hopper, signature=signature, constexprs=constants, attrs=attributes
-    )
+    source = GluonASTSource(fn=attention_forward_hopper, signature=signature, constexprs=constants, attrs=attributes)
     return compile(source, target=GPUTarget("cuda", config.arch, 32), options={"num_warps": 4})
 
 
@@ -233,9 +235,10 @@ def faults(config: Configuration, report: Report) -> list[str]:
         found.append("fp32 reached the tensor core: operands were rounded to tf32")
     if config.descriptors and not report.loop["UTMALDG"] and not isinstance(config.tile, GluonTile):
         found.append("no UTMALDG in any loop")
-    if report.loop["LDL"] or report.loop["STL"]:
-        found.append(f"{report.loop['LDL'] + report.loop['STL']} spill instructions in the inner loops")
     if isinstance(config.tile, GluonTile):
+        spills = report.loop["LDL"] + report.loop["STL"]
+        if spills > GLUON_SPILL_SHARE * report.loop.total():
+            found.append(f"{spills} of {report.loop.total()} instructions in the inner loops are spills")
         if report.total["USETMAXREG"] == 0:
             found.append("registers are not moved from the producer to the consumers")
     elif report.stack_bytes:

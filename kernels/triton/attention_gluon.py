@@ -23,6 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+#: Barrier among the threads of a partition; Triton 3.6 names it thread_barrier, 3.7 barrier.
+partition_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 #: Query rows of a consumer warpgroup: the M of one wgmma.
 WORKER_ROWS = gl.constexpr(64)
 #: One [rows, D] block as wgmma and the copy engine see it; rank 4 is the same memory with the descriptor's unit axes.
@@ -110,11 +112,11 @@ def _produce(
         _load_kv(k_desc, k_smem, k_full, k_empty, count, batch, kv_head, blocks - 1, BLOCK_N, STAGES)
         for worker in gl.static_range(WORKERS):
             mbarrier.wait(q_empty.index(worker), (round_index & 1) ^ 1)
-        # Every worker has read where the last tile lay. The arrival that announces Q also publishes where this one lies.
+        # Every worker has read where the last tile lay; the arrival that announces Q publishes where this one lies.
         where.index(0).store(gl.full([1], batch, gl.int32, SCALAR))
         where.index(1).store(gl.full([1], head, gl.int32, SCALAR))
         where.index(2).store(gl.full([1], row_block, gl.int32, SCALAR))
-        gl.thread_barrier()
+        partition_barrier()
         for worker in gl.static_range(WORKERS):
             mbarrier.expect(q_full.index(worker), q_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(

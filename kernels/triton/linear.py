@@ -19,6 +19,7 @@ from vbench.errors import Unsupported
 from vbench.kernels.triton.linear_decode import decode_linear_kernel
 from vbench.kernels.triton.linear_dequant import OPERAND_ROUNDINGS, bind_dequant
 from vbench.kernels.triton.linear_fused import fused_linear_kernel
+from vbench.kernels.triton.linear_gluon_host import available, bind_gluon, takes, takes_tensors
 from vbench.kernels.triton.packing import GROUPS, ROW_PAD, PackedWeight, check_weight, pack_weight
 from vbench.kernels.triton.probe import INTERPRETED, check_device
 from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics
@@ -36,8 +37,8 @@ class Plan:
     """How one case is computed.
 
     Args:
-        path: ``decode`` (few tokens, K split among warps), ``fused`` (tiles; decoding in registers) or
-            ``dequant_cublas`` (decode to scratch memory, then the vendor's GEMM).
+        path: ``decode`` (few tokens, K split among warps), ``fused`` (tiles; decoding in registers), ``gluon`` (the same
+            on Hopper, warp-specialised) or ``dequant_cublas`` (decode to scratch memory, then the vendor's GEMM).
         bn, bm: output features and tokens of a tile.
         bkw: columns of a packed tile; a K block is four times as wide.
         warps, stages: as Triton means them; in ``decode`` the warps are the slices of K.
@@ -46,7 +47,7 @@ class Plan:
         chunk: ``dequant_cublas``: weight rows decoded at a time; the scratch they fill should stay in L2.
     """
 
-    path: Literal["decode", "fused", "dequant_cublas"]
+    path: Literal["decode", "fused", "gluon", "dequant_cublas"]
     bn: int
     bm: int
     bkw: int
@@ -82,8 +83,15 @@ def split_count(n: int, k: int, bn: int, bkw: int) -> int:
     return split
 
 
-def choose_plan(m: int, n: int, k: int, fmt: str, x: str, act: str) -> Plan:
-    """The table's entry for a case."""
+#: Largest m -> plan on Hopper where the Gluon kernel takes the case (``linear_gluon_host``). Same source.
+TABLE_HOPPER: tuple[tuple[int, Plan], ...] = (
+    (DECODE_MAX_M, Plan("fused", 0, 0, 0, 0, 0)),
+    (2**31, Plan("gluon", 256, 128, 32, 12, 3)),
+)
+
+
+def choose_plan(m: int, n: int, k: int, fmt: str, x: str, act: str, hopper: bool = False) -> Plan:
+    """The table's entry for a case. ``hopper``: the Gluon kernel can run and its inputs are aligned."""
     table = TABLE_FP32 if x == "fp32" else TABLE_16BIT
     plan = next(p for limit, p in table if m <= limit)
     if m <= SPLIT_MAX_M and plan.path == "fused":
@@ -144,6 +152,10 @@ class LinearKernel:
         if self.plan.path == "dequant_cublas":
             return bind_dequant(self.fmt, inputs, x, bias, y, self.x, self.act, self.plan.chunk)
         twiddled = self.fmt == "nvfp4" and self.x == "bf16"
+        if self.plan.path == "gluon" and not takes_tensors(inputs, x, y):
+            # An explicit rule, not a fallback on failure: the copy engine needs aligned rows, the fast scale decode
+            # normal scales. ``plan`` says what was taken.
+            self.plan = choose_plan(self.m, self.n, self.k, self.fmt, self.x, self.act, hopper=False)
         packed = pack_weight(self.fmt, inputs, self.n, self.k, self.plan.bkw, twiddled)
         return bind_packed(packed, x, bias, y, self.x, self.act, self.plan)
 
@@ -219,6 +231,8 @@ def decode_call(
 
 def bind_packed(weight: PackedWeight, x: Any, bias: Any, y: Any, x_name: str, act: str, plan: Plan) -> Launch:
     """A launch of the plan's kernel on a packed weight."""
+    if plan.path == "gluon":
+        return bind_gluon(weight, x, bias, y, x_name, act, plan.bn, plan.bm, plan.stages)
     call, kernel = (decode_call, decode_linear_kernel) if plan.path == "decode" else (fused_call, fused_linear_kernel)
     grid, arguments, constants = call(weight, x, bias, y, x_name, act, plan)
 

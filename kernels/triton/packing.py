@@ -103,6 +103,11 @@ def _untwiddle(words_i32: Tensor) -> Tensor:
     return torch.stack(codes, dim=-1)
 
 
+def has_small_scales(scale: Tensor) -> bool:
+    """Whether some E4M3 scale is zero or subnormal; False for float32 scales, of which nothing depends on that."""
+    return scale.dtype == torch.float8_e4m3fn and bool((scale.contiguous().view(torch.uint8) < 0x08).any())
+
+
 def check_weight(fmt: str, weight: dict[str, Any] | Any, n: int, k: int) -> None:
     """Shapes, dtypes and scale bytes of a canonical weight.
 
@@ -148,7 +153,7 @@ def pack_weight(fmt: str, weight: dict[str, Any] | Any, n: int, k: int, bkw: int
         words = codes[..., 0] | (codes[..., 1] << 4) | (codes[..., 2] << 8) | (codes[..., 3] << 12)
     words = ((words + 0x8000) % 0x10000 - 0x8000).to(torch.int16).contiguous()
     scale = weight["scale"]
-    small_scales = fmt == "nvfp4" and bool((scale.contiguous().view(torch.uint8) < 0x08).any())
+    small_scales = has_small_scales(scale)
     if fmt == "absmax7_row":
         scale = _pad(scale.reshape(n, 1), n_pad, 1, 0).reshape(n_pad).clone()
     elif fmt == "absmax7_g128":
