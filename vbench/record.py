@@ -122,7 +122,7 @@ class Record:
         measurements: only with PASSED, or for peers and subjects with a note in ``reason`` that the value was wrong.
         metrics: further figures by name (accuracy, bytes, hit rate), plain floats.
         prepare_s: seconds of set-up outside the clock (binding, packing, compiling).
-        peak_bytes: device memory one launch added at its peak, allocator's count.
+        peak_bytes: device memory of one launch's outputs and scratch at its peak, allocator's count.
         numerics: the kernel's declared numerics.
         environment: machine and versions; key ``hardware`` is the class claims name (``cpu``, ``sm_90``).
         sources: digest of kernel, oracle and op sources.

@@ -170,6 +170,8 @@ class Worker:
                 result.detail = "two runs on the same inputs differ though the kernel declares itself deterministic"
         if timed and (result.outcome is Outcome.PASSED or role != "own"):
             del before
+            if self.device == "cuda":
+                result.peak_bytes = self._peak_bytes(launch, out)
             self._time(op, case, kernel, inputs, expected, launch, result)
         return result
 
@@ -183,8 +185,6 @@ class Worker:
         launch: Callable[[], Any],
         result: Result,
     ) -> None:
-        if self.device == "cuda":
-            result.peak_bytes = self._peak_bytes(launch)
         measured: Measurement
         if self.device == "cuda" and getattr(kernel, "graph_safe", True):
             measured = self._time_rotated(kernel, inputs, expected, result)
@@ -242,7 +242,8 @@ class Worker:
 
             torch.cuda.synchronize()
 
-    def _peak_bytes(self, launch: Callable[[], Any]) -> int:
+    def _peak_bytes(self, launch: Callable[[], Any], out: Mapping[str, Any]) -> int:
+        """Outputs and scratch memory of one launch, also where the outputs were allocated beforehand."""
         import torch
 
         torch.cuda.synchronize()
@@ -251,7 +252,8 @@ class Worker:
         kept = launch()
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
-        del kept
+        if kept is None:
+            peak += sum(t.numel() * t.element_size() for t in out.values())
         return int(peak)
 
     def device_alive(self) -> bool:
