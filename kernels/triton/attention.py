@@ -18,7 +18,7 @@ from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics
 
 VARIANTS = ("", "gluon")
 MAX_HEAD_DIM = 256
-#: Offsets inside one [block_n, d] block are 32-bit.
+#: Largest offset, in elements, inside one block of rows.
 MAX_BLOCK_SPAN = 2**31 - 1
 
 
@@ -118,6 +118,19 @@ def descriptor_strides(tensor: Any) -> list[int]:
     ]
 
 
+def check_spans(tensors: Mapping[str, Any], block_n: int, width: int) -> None:
+    """Offsets inside a block are 32-bit: ``block_n`` rows of K and V, one row of q and out, ``width`` columns.
+
+    Raises:
+        Unsupported: ``block_span``.
+    """
+    for name, tensor in tensors.items():
+        rows = block_n if name in ("k", "v") else 1
+        span = rows * tensor.stride(2) + width * tensor.stride(3)
+        if span > MAX_BLOCK_SPAN:
+            raise Unsupported("block_span", f"{name}: {rows} rows of {width} span {span} elements; make it contiguous")
+
+
 @dataclass(frozen=True)
 class PlainForward:
     """The plain Triton kernel for one case. See ``vbench.backend.Kernel``.
@@ -154,7 +167,7 @@ class PlainForward:
         """Bind q, k, v (any strides) to a launch that writes ``out`` and ``lse``.
 
         Raises:
-            Unsupported: see ``check_tensors``; ``block_span`` when one block of K or V spans 2^31 elements or more.
+            Unsupported: see ``check_tensors`` and ``check_spans``.
         """
         check_tensors(self.shape, inputs, out, self.device)
         tile, descriptors = self.plan(inputs["k"], inputs["v"])
@@ -167,10 +180,7 @@ class PlainForward:
         shape = self.shape
         q, k, v, out_tensor, lse = inputs["q"], inputs["k"], inputs["v"], out["out"], out["lse"]
         width = padded_head_dim(shape.d)
-        for name, tensor in (("k", k), ("v", v)):
-            span = tile.block_n * tensor.stride(2) + width * tensor.stride(3)
-            if span > MAX_BLOCK_SPAN:
-                raise Unsupported("block_span", f"{name}: {tile.block_n} rows span {span} elements; make it contiguous")
+        check_spans({"q": q, "k": k, "v": v, "out": out_tensor}, tile.block_n, width)
         k_source, v_source = k, v
         if descriptors:
             from triton.tools.tensor_descriptor import TensorDescriptor
