@@ -1,7 +1,7 @@
 """Which tile the plain Triton attention forward runs with: one explicit table, no autotuner at run time.
 
 An autotuner would make results depend on timing noise (another tile sums in another order). The rows were chosen by
-``tune_attention.py`` on an H200; docs/tuning/attention.md holds the predictions and what came of them.
+``docs/tuning/tune_attention.py`` on an H200; docs/tuning/attention.md holds the predictions and what came of them.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ BACKEND = DeclaredBackend(
         "fp4_linear": "vbench.kernels.triton.linear:make",
         "attention": "vbench.kernels.triton.attention:make",
     },
+    # "" takes every shape; "gluon" is for Hopper's copy engine and warp groups, and refuses what they do not take.
+    variants={"attention": ("", "gluon")},
     probe_function="vbench.kernels.triton.probe:probe",
     environment={"cpu": {"TRITON_INTERPRET": "1"}},
 )
