@@ -212,7 +212,7 @@ def graph_of(launches: list[Any], repeats: int) -> Any:
     """A CUDA graph that runs the launches in turn, ``repeats`` of them in all."""
     import torch
 
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for launch in launches:
@@ -257,7 +257,7 @@ def time_cell(d: int, causal: str, length: int, candidates: list[tuple[str, Any]
         graph.replay()
     for _ in range(rounds):
         for name, graph in graphs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             start.record()
             graph.replay()
             end.record()
