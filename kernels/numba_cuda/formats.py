@@ -74,7 +74,7 @@ def format_of(case: Case) -> Format:
 
 #: Weights and multiply-adds the simulator is given at most: it computes some ten thousand a second.
 SIMULATED_WEIGHTS = 2**15
-SIMULATED_PRODUCTS = 2**18
+SIMULATED_PRODUCTS = 2**13
 
 
 def require_simulable(case: Case, device: Device, products: int = 0) -> None:

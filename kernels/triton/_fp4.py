@@ -205,22 +205,17 @@ def _any_scale(bits, X: tl.constexpr):
 
 
 @triton.jit
-def _spread(value, SLICES: tl.constexpr, ROWS: tl.constexpr, BKW: tl.constexpr):
-    """[(SLICES,) ROWS, BKW/16] -> [(SLICES,) ROWS, BKW], every element 16 times; no first axis if SLICES is 0."""
-    if SLICES == 0:
-        value = tl.reshape(tl.broadcast_to(value[:, :, None], (ROWS, BKW // 16, 16)), (ROWS, BKW))
-    else:
-        wide = tl.broadcast_to(value[:, :, :, None], (SLICES, ROWS, BKW // 16, 16))
-        value = tl.reshape(wide, (SLICES, ROWS, BKW))
-    return value
+def _spread(value, ROWS: tl.constexpr, BKW: tl.constexpr):
+    """[ROWS, BKW/16] -> [ROWS, BKW], every element 16 times."""
+    return tl.reshape(tl.broadcast_to(value[:, :, None], (ROWS, BKW // 16, 16)), (ROWS, BKW))
 
 
 @triton.jit
 def e2m1_scales(
-    word_i32, SLICES: tl.constexpr, ROWS: tl.constexpr, BKW: tl.constexpr, X: tl.constexpr, NATIVE: tl.constexpr,
+    word_i32, ROWS: tl.constexpr, BKW: tl.constexpr, X: tl.constexpr, NATIVE: tl.constexpr,
     SMALL_SCALES: tl.constexpr,
 ):  # fmt: skip
-    """E4M3 scale words [(SLICES,) ROWS, BKW/16] -> for each code position a tensor [(SLICES,) ROWS, BKW].
+    """E4M3 scale words [ROWS, BKW/16] -> for each code position a tensor [ROWS, BKW].
 
     NATIVE: int32 holding the scaled scale in both halves; SMALL_SCALES takes zero and subnormal scales too, more
     slowly. Else float32.
@@ -258,8 +253,8 @@ def e2m1_scales(
         b = e4m3_value((word_i32 >> 8) & 0xFF)
         c = e4m3_value((word_i32 >> 16) & 0xFF)
         d = e4m3_value((word_i32 >> 24) & 0xFF)
-    a, b = _spread(a, SLICES, ROWS, BKW), _spread(b, SLICES, ROWS, BKW)
-    c, d = _spread(c, SLICES, ROWS, BKW), _spread(d, SLICES, ROWS, BKW)
+    a, b = _spread(a, ROWS, BKW), _spread(b, ROWS, BKW)
+    c, d = _spread(c, ROWS, BKW), _spread(d, ROWS, BKW)
     return a, b, c, d
 
 
@@ -334,10 +329,7 @@ def round_bf16_bits(value):
 def to_output(value, Y: tl.constexpr, NATIVE_ROUNDING: tl.constexpr):
     """float32 -> what is stored for output dtype ``Y``: the value itself, or bit patterns for bf16 when interpreted."""
     if Y == "bf16":
-        if NATIVE_ROUNDING:
-            value = value.to(tl.bfloat16)
-        else:
-            value = round_bf16_bits(value)
+        value = value.to(tl.bfloat16) if NATIVE_ROUNDING else round_bf16_bits(value)
     elif Y == "fp16":
         value = value.to(tl.float16)
     return value

@@ -193,10 +193,7 @@ def decode_kernel(
         # The nibble as the last bits of 2^23, minus 2^23 + 8: exact, and cheaper than converting an integer.
         low = ((byte & 0xF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
         high = ((byte >> 4) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
-        if ONE_SCALE:
-            scale = tl.load(scale_ptr)
-        else:
-            scale = tl.load(scale_ptr + row, mask=row_ok, other=0.0)
+        scale = tl.load(scale_ptr) if ONE_SCALE else tl.load(scale_ptr + row, mask=row_ok, other=0.0)
         low, high = low * scale, high * scale
     value = tl.reshape(tl.join(low, high), (ROWS, 2 * PAIRS))
     column = tl.program_id(1) * (2 * PAIRS) + tl.arange(0, 2 * PAIRS)[None, :]

@@ -1,8 +1,7 @@
-"""fp4_linear: which kernel serves which case (an explicit table), binding, and the capability check.
+"""fp4_linear: which kernel serves which case (explicit tables), binding, and the capability check.
 
-Batch invariance: a row of y does not depend on how many tokens come with it as long as both counts fall under the same
-accumulation order. Up to ``DECODE_MAX_M`` tokens that order depends on (n, k) only; from there to ``SPLIT_MAX_M`` the
-parts of K do; beyond, K is summed front to back.
+Batch invariance: up to SPLIT_MAX_M tokens the parts of K and the order inside them depend on (n, k) only, so a row of y
+does not depend on how many tokens come with it. Beyond, K is summed front to back.
 """
 
 from __future__ import annotations
@@ -16,18 +15,16 @@ import triton
 
 from vbench.backend import Device, Launch
 from vbench.errors import Unsupported
-from vbench.kernels.triton.linear_decode import decode_linear_kernel
-from vbench.kernels.triton.linear_dequant import OPERAND_ROUNDINGS, bind_dequant
+from vbench.kernels.triton import linear_gluon_host
+from vbench.kernels.triton.linear_dequant import OPERAND_ROUNDINGS, bind_dequant, takes
 from vbench.kernels.triton.linear_fused import fused_linear_kernel
-from vbench.kernels.triton.linear_gluon_host import available, bind_gluon, takes, takes_tensors
 from vbench.kernels.triton.packing import GROUPS, ROW_PAD, PackedWeight, check_weight, pack_weight
 from vbench.kernels.triton.probe import INTERPRETED, check_device
 from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics
 
-DECODE_MAX_M = 16
 SPLIT_MAX_M = 64
-#: Programs wanted when K is split among programs: about one on every multiprocessor of the largest Hopper part (132).
-SPLIT_PROGRAMS = 128
+#: n times the parts of K should reach this: 200 programs of 64 rows keep 132 multiprocessors' loads in flight.
+SPLIT_ROWS = 12800
 #: Packed blocks a program of a split should at least have, so that its pipeline fills.
 MIN_BLOCKS_PER_SPLIT = 4
 
@@ -37,17 +34,17 @@ class Plan:
     """How one case is computed.
 
     Args:
-        path: ``decode`` (few tokens, K split among warps), ``fused`` (tiles; decoding in registers), ``gluon`` (the same
-            on Hopper, warp-specialised) or ``dequant_cublas`` (decode to scratch memory, then the vendor's GEMM).
+        path: ``fused`` (tiles; decoding in registers), ``gluon`` (the same on Hopper, warp-specialised) or
+            ``dequant_cublas`` (decode to scratch memory, then the vendor's GEMM).
         bn, bm: output features and tokens of a tile.
         bkw: columns of a packed tile; a K block is four times as wide.
-        warps, stages: as Triton means them; in ``decode`` the warps are the slices of K.
+        warps, stages: as Triton means them (``gluon``: all its partitions' warps).
         split: parts of K in different programs (``fused``).
         block_sums: ``fused``: add one float32 sum a K block instead of carrying the matrix unit's accumulator along.
         chunk: ``dequant_cublas``: weight rows decoded at a time; the scratch they fill should stay in L2.
     """
 
-    path: Literal["decode", "fused", "gluon", "dequant_cublas"]
+    path: Literal["fused", "gluon", "dequant_cublas"]
     bn: int
     bm: int
     bkw: int
@@ -58,44 +55,89 @@ class Plan:
     chunk: int = 0
 
 
-#: Largest m -> plan, for 16-bit x. Measured on one H200: docs/tuning/fp4.md.
-TABLE_16BIT: tuple[tuple[int, Plan], ...] = (
-    (8, Plan("decode", 32, 8, 32, 4, 4)),
-    (16, Plan("decode", 32, 16, 32, 4, 4)),
+Table = tuple[tuple[int, Plan], ...]
+
+_UP_TO_32: Table = (
+    (8, Plan("fused", 64, 8, 64, 4, 4)),
+    (16, Plan("fused", 64, 16, 64, 4, 4)),
     (32, Plan("fused", 64, 32, 64, 4, 4)),
+)
+_SCALE_IN_EPILOGUE: Table = (
+    (8, Plan("fused", 64, 8, 64, 2, 4)),
+    *_UP_TO_32[1:],
     (64, Plan("fused", 64, 64, 64, 4, 3)),
-    (2**31, Plan("fused", 128, 128, 32, 8, 3)),
+    (2**31, Plan("fused", 128, 128, 32, 4, 3, block_sums=False)),
 )
-#: The same for float32 x, whose products run on the ordinary units: small tiles, narrow blocks.
-TABLE_FP32: tuple[tuple[int, Plan], ...] = (
+#: Format -> (largest m, plan)..., for 16-bit x. Measured on one H200: docs/tuning/fp4.md.
+TABLES: Mapping[str, Table] = {
+    "absmax7_tensor": _SCALE_IN_EPILOGUE,
+    "absmax7_row": _SCALE_IN_EPILOGUE,
+    "absmax7_g128": (
+        *_UP_TO_32,
+        (64, Plan("fused", 128, 64, 64, 8, 3)),
+        (512, Plan("fused", 64, 128, 32, 4, 3)),
+        (2**31, Plan("fused", 128, 128, 32, 8, 3)),
+    ),
+    "nvfp4": (
+        *_UP_TO_32,
+        (64, Plan("fused", 128, 64, 64, 8, 3)),
+        (2**31, Plan("fused", 256, 128, 32, 8, 3, block_sums=False)),
+    ),
+}
+#: float32 x, whose products run on the ordinary units: small tiles, narrow blocks.
+TABLE_FP32: Table = (
     (16, Plan("fused", 64, 16, 16, 4, 3)),
-    (2**31, Plan("fused", 64, 64, 16, 8, 3)),
+    (2**31, Plan("fused", 64, 32, 16, 8, 3)),
 )
+#: Gluon tiles (features, tokens, stages) and the measured cost of one wave of them on 132 multiprocessors, microseconds
+#: at k = 4096: (absmax7_row, nvfp4). Chosen is the tile whose whole waves cost least.
+GLUON_TILES: tuple[tuple[int, int, int, float, float], ...] = (
+    (256, 128, 3, 43.5, 53.0),
+    (128, 128, 4, 23.2, 29.0),
+    (128, 64, 6, 18.0, 21.7),
+)
+GLUON_PROCESSORS = 132
+#: Format -> smallest m from which decoding to scratch memory and the vendor's GEMM wins.
+DEQUANT_FROM_M: Mapping[str, int] = {
+    "absmax7_tensor": 3072,
+    "absmax7_row": 3072,
+    "absmax7_g128": 1024,
+    "nvfp4": 2048,
+}
+DEQUANT_CHUNK = 2048
 
 
-def split_count(n: int, k: int, bn: int, bkw: int) -> int:
+def split_count(n: int, k: int, bkw: int) -> int:
     """Parts of K for up to SPLIT_MAX_M tokens: a power of two, from n and k only."""
-    tiles = -(-n // ROW_PAD) * ROW_PAD // bn
+    rows = -(-n // ROW_PAD) * ROW_PAD
     blocks = -(-k // (4 * bkw))
     split = 1
-    while tiles * split < SPLIT_PROGRAMS and blocks // (2 * split) >= MIN_BLOCKS_PER_SPLIT and split < 16:
+    while rows * split < SPLIT_ROWS and blocks // (2 * split) >= MIN_BLOCKS_PER_SPLIT and split < 16:
         split *= 2
     return split
 
 
-#: Largest m -> plan on Hopper where the Gluon kernel takes the case (``linear_gluon_host``). Same source.
-TABLE_HOPPER: tuple[tuple[int, Plan], ...] = (
-    (DECODE_MAX_M, Plan("fused", 0, 0, 0, 0, 0)),
-    (2**31, Plan("gluon", 256, 128, 32, 12, 3)),
-)
+def choose_gluon(m: int, n: int, fmt: str) -> Plan:
+    """The Gluon tile whose waves cost least."""
+
+    def cost(tile: tuple[int, int, int, float, float]) -> float:
+        bn, bm, _, integers, nvfp4 = tile
+        waves = -(-(-(-m // bm) * -(-n // bn)) // GLUON_PROCESSORS)
+        return waves * (nvfp4 if fmt == "nvfp4" else integers)
+
+    bn, bm, stages, _, _ = min(GLUON_TILES, key=cost)
+    return Plan("gluon", bn, bm, linear_gluon_host.BKW, 12, stages)
 
 
-def choose_plan(m: int, n: int, k: int, fmt: str, x: str, act: str, hopper: bool = False) -> Plan:
-    """The table's entry for a case. ``hopper``: the Gluon kernel can run and its inputs are aligned."""
-    table = TABLE_FP32 if x == "fp32" else TABLE_16BIT
-    plan = next(p for limit, p in table if m <= limit)
-    if m <= SPLIT_MAX_M and plan.path == "fused":
-        plan = replace(plan, split=split_count(n, k, plan.bn, plan.bkw))
+def choose_plan(m: int, n: int, k: int, fmt: str, x: str, act: str, device: Device, hopper: bool = False) -> Plan:
+    """The tables' entry for a case. ``hopper``: the Gluon kernel can run here and suits the tensors."""
+    if device == "cuda" and m >= DEQUANT_FROM_M[fmt] and takes(fmt, x, act):
+        return Plan("dequant_cublas", 0, 0, 0, 0, 0, chunk=DEQUANT_CHUNK)
+    if hopper and m > SPLIT_MAX_M and linear_gluon_host.takes(fmt, x, n, k):
+        return choose_gluon(m, n, fmt)
+    plan = next(p for limit, p in (TABLE_FP32 if x == "fp32" else TABLES[fmt]) if m <= limit)
+    if m <= SPLIT_MAX_M:
+        plan = replace(plan, split=split_count(n, k, plan.bkw))
     return plan
 
 
@@ -104,8 +146,8 @@ class LinearKernel:
 
     Attributes:
         plan: the path and tile sizes taken.
-        numerics: ``tensor_core`` sums for 16-bit x, ``fp32`` for float32 x and in the interpreter. ``operand_roundings``
-            is empty where the decoded weight is exact in the product's operand type.
+        numerics: ``tensor_core`` sums for 16-bit x, ``fp32`` for float32 x and in the interpreter.
+            ``operand_roundings`` is empty where the decoded weight is exact in the product's operand type.
     """
 
     produces = ("y",)
@@ -141,7 +183,8 @@ class LinearKernel:
     def bind(self, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> Launch:
         """``x`` [m, k] (any row stride), the canonical weight, ``bias`` [n] with bias=1. Writes y [m, n].
 
-        Packs the weight into the kernel's layout (a copy of the same size; the canonical one is not kept).
+        Packs the weight into the kernel's layout (a copy of the same size; the canonical one is not kept). With split
+        K the launch owns a workspace: it must not run on two streams at once.
 
         Raises:
             Unsupported: ``wrong_device``, ``x_shape``, ``x_dtype``, ``x_not_row_contiguous``, ``weight_shape``,
@@ -152,10 +195,10 @@ class LinearKernel:
         if self.plan.path == "dequant_cublas":
             return bind_dequant(self.fmt, inputs, x, bias, y, self.x, self.act, self.plan.chunk)
         twiddled = self.fmt == "nvfp4" and self.x == "bf16"
-        if self.plan.path == "gluon" and not takes_tensors(inputs, x, y):
+        if self.plan.path == "gluon" and not linear_gluon_host.takes_tensors(inputs, x, y):
             # An explicit rule, not a fallback on failure: the copy engine needs aligned rows, the fast scale decode
             # normal scales. ``plan`` says what was taken.
-            self.plan = choose_plan(self.m, self.n, self.k, self.fmt, self.x, self.act, hopper=False)
+            self.plan = choose_plan(self.m, self.n, self.k, self.fmt, self.x, self.act, self.device)
         packed = pack_weight(self.fmt, inputs, self.n, self.k, self.plan.bkw, twiddled)
         return bind_packed(packed, x, bias, y, self.x, self.act, self.plan)
 
@@ -198,46 +241,14 @@ def fused_call(
     return (m_tiles * n_tiles, split), arguments, constants
 
 
-def decode_call(
-    weight: PackedWeight, x: Any, bias: Any, y: Any, x_name: str, act: str, plan: Plan
-) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]:
-    """Grid, arguments and compile-time constants of the decode kernel."""
-    m, n, k = x.shape[0], weight.n, weight.k
-    scale = weight.scale.view(torch.int32) if weight.fmt == "nvfp4" else weight.scale
-    stored = y.view(torch.int16) if INTERPRETED and x_name == "bf16" else y
-    constants: dict[str, Any] = {
-        "FORMAT": weight.fmt,
-        "X": x_name,
-        "ACT": act,
-        "HAS_BIAS": bias is not None,
-        "SLICES": plan.warps,
-        "BN": plan.bn,
-        "BM": plan.bm,
-        "BKW": plan.bkw,
-        "EVEN_K": k % (4 * plan.bkw * plan.warps) == 0,
-        "NATIVE": not INTERPRETED,
-        "INTERPRETED": INTERPRETED,
-        "TWIDDLED": weight.twiddled,
-        "SMALL_SCALES": weight.small_scales,
-        "num_warps": plan.warps,
-        "num_stages": plan.stages,
-    }
-    arguments = (
-        x, weight.codes, scale, weight.global_scale, x if bias is None else bias, stored,
-        m, n, k, x.stride(0), y.stride(0), weight.k_blocks,
-    )  # fmt: skip
-    return (triton.cdiv(n, plan.bn), triton.cdiv(m, plan.bm)), arguments, constants
-
-
 def bind_packed(weight: PackedWeight, x: Any, bias: Any, y: Any, x_name: str, act: str, plan: Plan) -> Launch:
     """A launch of the plan's kernel on a packed weight."""
     if plan.path == "gluon":
-        return bind_gluon(weight, x, bias, y, x_name, act, plan.bn, plan.bm, plan.stages)
-    call, kernel = (decode_call, decode_linear_kernel) if plan.path == "decode" else (fused_call, fused_linear_kernel)
-    grid, arguments, constants = call(weight, x, bias, y, x_name, act, plan)
+        return linear_gluon_host.bind_gluon(weight, x, bias, y, x_name, act, plan.bn, plan.bm, plan.stages)
+    grid, arguments, constants = fused_call(weight, x, bias, y, x_name, act, plan)
 
     def launch() -> None:
-        kernel[grid](*arguments, **constants)
+        fused_linear_kernel[grid](*arguments, **constants)
 
     return launch
 
@@ -259,4 +270,5 @@ def make(case: Case, variant: str, device: Device) -> LinearKernel:
         raise Unsupported("k_not_multiple_of_block", f"k={k} is no multiple of {fmt}'s block of {group}")
     if (n + ROW_PAD) * (k + 256) // 4 >= 2**31:
         raise Unsupported("too_large", f"n={n}, k={k}: packed offsets must fit 31 bits; split the layer")
-    return LinearKernel(case, device, choose_plan(m, n, k, fmt, case.text("x"), case.text("act")))
+    hopper = device == "cuda" and linear_gluon_host.available()
+    return LinearKernel(case, device, choose_plan(m, n, k, fmt, case.text("x"), case.text("act"), device, hopper))

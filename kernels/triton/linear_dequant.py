@@ -18,6 +18,7 @@ import torch
 
 from vbench.backend import Launch
 from vbench.kernels.triton.codec import decode_launcher
+from vbench.kernels.triton.probe import INTERPRETED
 
 #: (format, x) -> operand roundings; pairs left out are not taken.
 OPERAND_ROUNDINGS: Mapping[tuple[str, str], tuple[str, ...]] = {
@@ -61,7 +62,8 @@ def bind_dequant(
             "global_scale": one,
         }
         rows = scratch[: stop - start]
-        steps.append((decode_launcher(fmt, x_name, part, rows, stop - start, k), rows.T, y[:, start:stop]))
+        target = rows.view(torch.int16) if INTERPRETED and x_name == "bf16" else rows
+        steps.append((decode_launcher(fmt, x_name, part, target, stop - start, k), rows.T, y[:, start:stop]))
 
     def launch() -> None:
         # Sums of a split GEMM may otherwise be rounded to 16 bits between the parts.

@@ -110,7 +110,7 @@ def fused_linear_kernel(
         x3 = _x_tile(x_ptr, rows_m64, row_ok, k0 + 3 * BKW, K, stride_xm, EVEN_K, UPCAST)
         if FORMAT == "nvfp4":
             scales = tl.load(scale_at + block * (TILE * SCALES))
-            f0, f1, f2, f3 = e2m1_scales(scales, 0, BN, BKW, X, NATIVE, SMALL_SCALES)
+            f0, f1, f2, f3 = e2m1_scales(scales, BN, BKW, X, NATIVE, SMALL_SCALES)
             w0, w1, w2, w3 = e2m1_operands(packed, f0, f1, f2, f3, X, NATIVE, TWIDDLED)
         else:
             w0, w1, w2, w3 = int4_operands(packed, X, NATIVE)

@@ -172,10 +172,8 @@ def unpack_weight(packed: PackedWeight) -> dict[str, Tensor]:
     n, k, bkw = packed.n, packed.k, packed.bkw
     n_tiles, k_blocks = packed.codes.shape[:2]
     words = packed.codes.to(torch.int32) & 0xFFFF
-    if packed.twiddled:
-        codes = _untwiddle(words)
-    else:
-        codes = torch.stack([(words >> (4 * j)) & 0xF for j in range(4)], dim=-1)
+    nibbles = torch.stack([(words >> (4 * j)) & 0xF for j in range(4)], dim=-1)
+    codes = _untwiddle(words) if packed.twiddled else nibbles
     codes = codes.permute(0, 2, 1, 4, 3).reshape(n_tiles * TILE_ROWS, k_blocks * 4 * bkw)[:n, :k].to(torch.uint8)
     scale = packed.scale
     if packed.fmt == "absmax7_row":
