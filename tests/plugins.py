@@ -1,4 +1,4 @@
-"""Out-of-tree plug-ins for tests: a module and its dist-info in a folder on the path of this process and its children."""
+"""Out-of-tree plug-ins for tests: a module and its dist-info, on the path of this process and its children."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from vbench.reference.ops import (
     attended_pairs,
     packed_bytes,
 )
-from vbench.spec import Numerics, resolve
+from vbench.spec import Numerics, Op, resolve
 
 
 def test_e2m1_agrees_with_ml_dtypes_on_ties_neighbours_and_normals() -> None:
@@ -254,7 +254,7 @@ def test_a_cyclic_scan_defeats_lru() -> None:
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-def test_case_ids_round_trip_and_bad_values_are_named(op) -> None:  # type: ignore[no-untyped-def]
+def test_case_ids_round_trip_and_bad_values_are_named(op: Op) -> None:
     sample = {p.name: p.default if p.default is not None else (p.choices[0] if p.choices else 16) for p in op.params}
     case = op.case(seed=3, **sample)
     assert op.parse(case.id) == case
@@ -262,7 +262,7 @@ def test_case_ids_round_trip_and_bad_values_are_named(op) -> None:  # type: igno
         op.case(nonsense=1)
     first = op.params[0]
     with pytest.raises(CaseError, match=first.name):
-        op.case(**{**sample, first.name: "no such value"})
+        op.case(**{**sample, first.name: "no such value"})  # type: ignore[arg-type]
     assert callable(resolve(op.inputs)) and callable(resolve(op.oracle))
 
 

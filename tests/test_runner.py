@@ -61,7 +61,19 @@ def test_every_fault_leaves_one_record_and_the_rest_goes_on(tmp_path: Path, monk
 def test_a_stranger_is_planned_checked_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugins.install(tmp_path, monkeypatch, "honest", plugins.HONEST)
     assert registry.backends()["honest"].distribution == "plugin_honest"
-    command = "run --suite fp4 --backend honest --op fp4_dequantize --device cpu --json --out".split()
+    command = [
+        "run",
+        "--suite",
+        "fp4",
+        "--backend",
+        "honest",
+        "--op",
+        "fp4_dequantize",
+        "--device",
+        "cpu",
+        "--json",
+        "--out",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "vbench", *command, str(tmp_path / "out")],
         capture_output=True,

@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vbench.errors import Unsupported
-from vbench.kernels.triton import _fp4, codec, linear, packing, tune_fp4
+from vbench.kernels.triton import _fp4, codec, linear, linear_aot, linear_gluon_host, packing
 from vbench.kernels.triton.backend import BACKEND
 from vbench.reference import fp4, ops
 from vbench.reference.linear import linear_inputs, linear_oracle
@@ -304,6 +304,22 @@ def test_tables_take_every_case_by_a_path_that_admits_it(
     assert kernel.numerics.operand_roundings == (("bf16",) if lossy else ())
 
 
+def test_rule_for_the_copy_engine() -> None:
+    """Aligned rows and normal scales, or the plain kernel; the rule is asked before the launch."""
+    x, y = torch.zeros(3, 64, dtype=torch.bfloat16), torch.zeros(3, 32, dtype=torch.bfloat16)
+    float_scales = {"scale": torch.ones(32)}
+    takes = linear_gluon_host.takes_tensors
+    assert takes(float_scales, x, y)
+    assert not takes(float_scales, torch.zeros(200, dtype=torch.bfloat16)[1:193].view(3, 64), y)  # base
+    assert not takes(float_scales, torch.zeros(3, 68, dtype=torch.bfloat16)[:, :64], y)  # row stride
+    normal = torch.full((32, 4), 0x38, dtype=torch.uint8)
+    subnormal = normal.clone()
+    subnormal[5, 1] = 0x07
+    assert takes({"scale": normal.view(torch.float8_e4m3fn)}, x, y)
+    assert not takes({"scale": subnormal.view(torch.float8_e4m3fn)}, x, y)
+    assert not linear_gluon_host.available()
+
+
 WIDE = [(fmt, plan) for fmt, table in linear.TABLES.items() for _, plan in table]
 
 
@@ -468,7 +484,7 @@ def test_guard_interpreter_arithmetic_on_bf16_is_still_wrong() -> None:
 def test_compiled_kernels_use_their_unit_and_do_not_spill_in_their_loops() -> None:
     """A sample of the tables for sm_90 and sm_80, with no GPU, in a process that does not interpret."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "vbench.kernels.triton.tune_fp4", "compile"]
+    command = [sys.executable, "-m", "vbench.kernels.triton.linear_aot"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     reports = json.loads(done.stdout)
@@ -493,5 +509,5 @@ def test_control_spills_inside_a_loop_are_counted() -> None:
         /*0030*/ LDL R2, [R1] ;
         /*0040*/ EXIT ;
     """
-    assert tune_fp4.spills_in_loop(listing) == 1
-    assert tune_fp4.spills_in_loop(listing.replace("STL [R1], R2", "MOV R1, R2")) == 0
+    assert linear_aot.spills_in_loop(listing) == 1
+    assert linear_aot.spills_in_loop(listing.replace("STL [R1], R2", "MOV R1, R2")) == 0

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vbench.backend import Availability, Device, Launch
+from vbench.backend import Device, Launch
 from vbench.errors import Unsupported
 from vbench.kernels.tiers.errors import TierFullError
 from vbench.kernels.tiers.ledger import Ledger

@@ -213,7 +213,7 @@ def fused_call(
     elements = m_tiles * n_tiles * split * plan.bn * plan.bm if split > 1 else 4
     partial = torch.empty(elements, dtype=torch.float32, device=x.device)
     tickets = torch.zeros(m_tiles * n_tiles, dtype=torch.int32, device=x.device)
-    scale = weight.scale.view(torch.int32) if weight.fmt == "nvfp4" else weight.scale
+    scale = weight.scale.reshape(-1).view(torch.int32) if weight.fmt == "nvfp4" else weight.scale
     stored = y.view(torch.int16) if INTERPRETED and x_name == "bf16" else y
     constants: dict[str, Any] = {
         "FORMAT": weight.fmt,

@@ -55,7 +55,7 @@ def gluon_call(
     x_desc = TensorDescriptor(x, list(x.shape), list(x.stride()), [bm, BKW], tiles)
     codes_desc = TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [64, BKW], tiles)
     y_desc = TensorDescriptor(y, list(y.shape), list(y.stride()), [bm, rows], result)
-    scale = weight.scale.view(torch.int32) if weight.fmt == "nvfp4" else weight.scale
+    scale = weight.scale.reshape(-1).view(torch.int32) if weight.fmt == "nvfp4" else weight.scale
     m_tiles, n_tiles = triton.cdiv(m, bm), triton.cdiv(n, bn)
     processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
     arguments = (
