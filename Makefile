@@ -33,9 +33,9 @@ format: setup
 claims: setup
 	for doc in $(GENERATED); do $(BIN)/vbench claims update $$doc || exit 1; done
 
-# Keep from RUN (a run's folder) the records the README rests on: make baseline RUN=... MACHINE=h200
+# Keep from RUN (folders of runs) the records the documents rest on: make baseline RUN=... MACHINE=h200
 baseline: setup
-	$(BIN)/python -m vbench.baseline $(RUN) results/baselines/$(MACHINE) $(GENERATED)
+	$(BIN)/python -m vbench.baseline results/baselines/$(MACHINE) --run $(RUN) --document $(GENERATED)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis results/runs

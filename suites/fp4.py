@@ -33,10 +33,10 @@ def _quantize_checks() -> tuple[Case, ...]:
         # Tails: one row, one pair, one block, a prime number of rows, k no power of two.
         op.case(fmt="absmax7_tensor", w="fp32", n=1, k=2),
         op.case(fmt="absmax7_row", w="bf16", n=7, k=2),
-        op.case(fmt="absmax7_row", w="fp32", n=37, k=34),
+        op.case(fmt="absmax7_row", w="fp32", n=19, k=34),
         op.case(fmt="absmax7_g128", w="fp16", n=1, k=K),
         op.case(fmt="nvfp4", w="bf16", n=1, k=16),
-        op.case(fmt="nvfp4", w="fp32", n=33, k=48),
+        op.case(fmt="nvfp4", w="fp32", n=17, k=48),
         # What must be refused.
         op.case(fmt="absmax7_row", n=2, k=3),
         op.case(fmt="nvfp4", n=2, k=24),
@@ -68,7 +68,7 @@ def _linear_checks() -> tuple[Case, ...]:
     op = FP4_LINEAR
     # Every activation with and without bias for every format; the dtype cycles so that each meets each activation.
     epilogues = (
-        op.case(fmt=fmt, x=DTYPES[(i + j) % 3], act=act, bias=bias, m=3, n=17, k=K if fmt == "absmax7_g128" else 48)
+        op.case(fmt=fmt, x=DTYPES[(i + j) % 3], act=act, bias=bias, m=2, n=9, k=K if fmt == "absmax7_g128" else 32)
         for i, fmt in enumerate(FORMATS)
         for j, (act, bias) in enumerate(product(("none", "relu", "gelu", "silu"), (0, 1)))
     )
@@ -82,8 +82,8 @@ def _linear_checks() -> tuple[Case, ...]:
         op.case(fmt="absmax7_row", x="fp16", m=1, n=31, k=2),
         op.case(fmt="absmax7_tensor", x="fp32", m=1, n=32, k=64),
         op.case(fmt="absmax7_g128", x="bf16", m=1, n=13, k=2 * K),
-        op.case(fmt="nvfp4", x="fp16", m=17, n=5, k=80),
-        op.case(fmt="absmax7_row", x="bf16", m=33, n=7, k=34),
+        op.case(fmt="nvfp4", x="fp16", m=17, n=3, k=80),
+        op.case(fmt="absmax7_row", x="bf16", m=33, n=3, k=34),
         *(op.case(fmt=fmt, x="bf16", dist="outlier", m=2, n=8, k=K) for fmt in FORMATS),
         op.case(fmt="nvfp4", x="bf16", bias=1, dist="zeros", m=2, n=8, k=16),
         # What must be refused.

@@ -46,7 +46,7 @@ def test_only_the_evidence_is_kept(run: Path, tmp_path: Path) -> None:
     document = tmp_path / "doc.md"
     document.write_text(TABLE, encoding="utf-8")
     destination = tmp_path / "baselines" / "h200"
-    assert baseline.make([document], run, destination) == {"fp4": 4}
+    assert baseline.make([document], [run], destination) == {"fp4": 4}
     kept = read_records(destination)
     assert {(r.backend, r.case.count("nvfp4")) for r in kept} == {("triton", 1), ("torch_native", 1)}
     assert kept == [r for r in read_records(run) if r.id in {k.id for k in kept}]
@@ -57,7 +57,7 @@ def test_too_much_to_review_is_refused(run: Path, tmp_path: Path, monkeypatch: p
     document.write_text(TABLE, encoding="utf-8")
     monkeypatch.setattr(baseline, "LIMIT", 3)
     with pytest.raises(DataError, match="rest on 4 records"):
-        baseline.make([document], run, tmp_path / "to")
+        baseline.make([document], [run], tmp_path / "to")
     assert not (tmp_path / "to").exists()
 
 
@@ -69,8 +69,8 @@ def test_arithmetic_stays_with_the_cpu(tmp_path: Path) -> None:
     )
     cpu = tmp_path / "cpu.jsonl"
     write_records(cpu, [dataclasses.replace(sum_record, environment={"hardware": "cpu"})])
-    assert baseline.make([document], cpu, tmp_path / "a") == {"claims": 1}
+    assert baseline.make([document], [cpu], tmp_path / "a") == {"claims": 1}
     gpu = tmp_path / "gpu.jsonl"
     write_records(gpu, [sum_record, timed("triton", "", 1)])
-    assert baseline.make([document], gpu, tmp_path / "b") == {}
-    assert baseline.main([str(tmp_path / "none"), str(tmp_path / "c"), str(document)]) == 2
+    assert baseline.make([document], [gpu], tmp_path / "b") == {}
+    assert baseline.main([str(tmp_path / "c"), "--run", str(tmp_path / "none"), "--document", str(document)]) == 2

@@ -1,7 +1,7 @@
-"""Keep the records a document rests on: ``python -m vbench.baseline RUN DEST DOC...`` (``make baseline``).
+"""Keep the records a document rests on: ``python -m vbench.baseline DEST --run RUN... --document DOC...`` (``make baseline``).
 
-Writes ``DEST/<suite>.jsonl`` with just those records of a run that the document's generated numbers need, so that what
-is committed stays small enough to be reviewed. Suites that the run did not have are left as they are; one folder a
+Writes ``DEST/<suite>.jsonl`` with just those records of some runs that the document's generated numbers need, so that what
+is committed stays small enough to be reviewed. Suites that the runs did not have are left as they are; one folder a
 machine.
 """
 
@@ -22,7 +22,9 @@ from vbench.store import read_records, write_records
 LIMIT = 120
 
 
-def make(texts: Sequence[Path], run: Path, destination: Path, ledger: str = "virtual_blackwell") -> dict[str, int]:
+def make(
+    texts: Sequence[Path], runs: Sequence[Path], destination: Path, ledger: str = "virtual_blackwell"
+) -> dict[str, int]:
     """Rows written by suite.
 
     Arithmetic needs no machine: its records are kept where the run was on a CPU, and left out elsewhere.
@@ -30,7 +32,7 @@ def make(texts: Sequence[Path], run: Path, destination: Path, ledger: str = "vir
     Raises:
         DataError: bad records or spans, or more than LIMIT rows.
     """
-    records = read_records(run)
+    records = [record for run in runs for record in read_records(run)]
     on_gpu = any(r.hardware.startswith("sm_") for r in records)
     sources = current_sources()
     ids = {
@@ -42,7 +44,7 @@ def make(texts: Sequence[Path], run: Path, destination: Path, ledger: str = "vir
     }
     kept = [r for r in records if r.id in ids and not (on_gpu and r.kind == "arithmetic")]
     if len(kept) > LIMIT:
-        raise DataError(f"the documents rest on {len(kept)} records of {run}; {LIMIT} is the most a person reviews")
+        raise DataError(f"the documents rest on {len(kept)} records; {LIMIT} is the most a person reviews")
     by_suite: dict[str, list[Record]] = {record.suite: [] for record in records if record.suite}
     for record in kept:
         by_suite.setdefault(record.suite, []).append(record)
@@ -57,12 +59,12 @@ def make(texts: Sequence[Path], run: Path, destination: Path, ledger: str = "vir
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vbench.baseline", description=__doc__.partition("\n")[0])
-    parser.add_argument("run", type=Path, help="folder or JSONL file of a run")
     parser.add_argument("destination", type=Path, help="results/baselines/MACHINE")
-    parser.add_argument("documents", type=Path, nargs="+", help="Markdown files with generated numbers")
+    parser.add_argument("--run", type=Path, nargs="+", required=True, help="folders or JSONL files of runs")
+    parser.add_argument("--document", type=Path, nargs="+", required=True, help="Markdown with generated numbers")
     arguments = parser.parse_args(argv)
     try:
-        print(make(arguments.documents, arguments.run, arguments.destination))
+        print(make(arguments.document, arguments.run, arguments.destination))
     except (DataError, UsageError) as error:
         print(f"vbench.baseline: {error}", file=sys.stderr)
         return 2

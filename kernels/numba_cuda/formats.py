@@ -72,8 +72,8 @@ def format_of(case: Case) -> Format:
     return fmt
 
 
-#: Weights and multiply-adds the simulator is given at most: it computes some ten thousand a second.
-SIMULATED_WEIGHTS = 2**15
+#: Weights and multiply-adds the simulator is given at most: it computes some two thousand a second.
+SIMULATED_WEIGHTS = 2**11
 SIMULATED_PRODUCTS = 2**13
 
 
