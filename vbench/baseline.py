@@ -1,6 +1,6 @@
-"""Keep the records a document rests on: ``python -m vbench.baseline DEST --run RUN... --document DOC...`` (``make baseline``).
+"""Keep the records documents rest on: ``python -m vbench.baseline DEST --run RUN... --document DOC...``.
 
-Writes ``DEST/<suite>.jsonl`` with just those records of some runs that the document's generated numbers need, so that what
+Writes ``DEST/<suite>.jsonl`` with just those records of some runs that the generated numbers need, so that what
 is committed stays small enough to be reviewed. Suites that the runs did not have are left as they are; one folder a
 machine.
 """

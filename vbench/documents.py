@@ -301,8 +301,11 @@ def evidence(
     for span in _spans(text, where):
         selector = _Selector(span.selector, f"{where}:{span.line}") if span.kind == "table" else None
         if selector is not None and selector.kind in ("ratio", "value"):
-            cells = _grid(selector, records).found.values()
-            ids |= {r.id for cell in cells for side in cell.values() for r in side}
+            grid = _grid(selector, records)
+            for cell in grid.found.values():
+                runs = [{r.run for r in cell.get(who, ())} for who in grid.sides]
+                together = set.intersection(*runs)
+                ids |= {r.id for side in cell.values() for r in side if r.run in together}
         elif selector is None or selector.kind == "claims":
             chosen = verdicts.values() if selector is not None else filter(None, [verdicts.get(span.selector)])
             ids |= {i for v in chosen for f in v.findings for i in f.rests_on}
