@@ -13,7 +13,7 @@ import pytest
 from vbench.cli import main, parser
 
 FROZEN = {
-    "run": "--suite --backend --op --device --effort --out --seed --strict --json",
+    "run": "--suite --backend --op --device --effort --out --seed --resume --strict --json",
     "list": "--json",
     "show": "run --failed --case --out --json",
     "claims list": "--records --ledger --json",

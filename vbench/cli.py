@@ -24,12 +24,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--suite", action="append", default=[], metavar="NAME", help="suite to run; repeatable; all")
     run.add_argument("--backend", action="append", default=[], metavar="NAME", help="backend to run; repeatable; all")
     run.add_argument("--op", action="append", default=[], metavar="NAME", help="operation to run; repeatable; all")
-    run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where (default: auto)")
-    run.add_argument(
-        "--effort", choices=("quick", "standard", "full"), default="quick", help="how much (default: quick)"
-    )
+    # No defaults here: --resume must be able to tell a given option from an omitted one.
+    run.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where (default: auto)")
+    run.add_argument("--effort", choices=("quick", "standard", "full"), help="how much (default: quick)")
     run.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results folder ({DEFAULT_OUT})")
-    run.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generated cases (default: 0)")
+    run.add_argument("--seed", type=int, metavar="N", help="seed of the generated cases (default: 0)")
+    run.add_argument("--resume", metavar="RUN", help="finish an unfinished run (run id, folder or latest)")
     run.add_argument("--strict", action="store_true", help="exit 3 if anything was not decided")
     run.add_argument("--json", action="store_true", help="print a JSON summary instead of the last screen")
 
@@ -81,16 +81,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from vbench.session import run_suites
+    from vbench.session import resume_run, run_suites
 
+    if arguments.resume is not None:
+        given = [
+            n for n in ("suite", "backend", "op", "device", "effort", "seed") if getattr(arguments, n) not in (None, [])
+        ]
+        if given:
+            raise UsageError(f"--resume takes the plan of the run: leave out --{', --'.join(given)}")
+        return resume_run(arguments.resume, arguments.out, strict=arguments.strict, as_json=arguments.json)
     return run_suites(
         suites=arguments.suite,
         backends=arguments.backend,
         ops=arguments.op,
-        device=arguments.device,
-        effort=arguments.effort,
+        device=arguments.device or "auto",
+        effort=arguments.effort or "quick",
         out=arguments.out,
-        seed=arguments.seed,
+        seed=arguments.seed or 0,
         strict=arguments.strict,
         as_json=arguments.json,
     )
