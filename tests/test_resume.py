@@ -427,7 +427,7 @@ def test_half_a_write_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return honest(fd, data[:10])
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.os, "write", half_then_full)
+        patch.setattr(os, "write", half_then_full)
         with pytest.raises(DataError, match="No space left"):
             one.append(Record("d", "b", "check", Outcome.PASSED, "r"))
     with pytest.raises(DataError, match="earlier write failed"):

@@ -59,6 +59,8 @@ def frame(records: Iterable[Record]) -> DataFrame:
             "err/budget": r.error.worst_over_budget if r.error else None,
             "correctly rounded": r.error.correctly_rounded if r.error else None,
         }
+        row |= {"prepare_s": r.prepare_s, "compile_s": r.compile_s, "steady_launch_s": r.steady_launch_s}
+        row |= {"peak_bytes": r.peak_bytes, "peak_device_bytes": r.peak_device_bytes}
         for m in r.measurements:
             row[f"{m.quantity}_s"] = m.median_s
         rows.append(row)

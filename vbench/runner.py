@@ -306,10 +306,14 @@ class Run:
             answer["reason"],
             answer["detail"],
             error=ErrorStats(**{**error, "at": tuple(error["at"])}) if error else None,
-            measurements=tuple(_measurement(m) for m in answer["measurements"]),
+            measurements=tuple(Measurement.from_dict(m) for m in answer["measurements"]),
             metrics=answer["metrics"] or {},
             prepare_s=answer["prepare_s"],
+            first_launch_s=answer.get("first_launch_s"),
+            steady_launch_s=answer.get("steady_launch_s"),
             peak_bytes=answer["peak_bytes"],
+            peak_device_bytes=answer.get("peak_device_bytes"),
+            absent=answer.get("absent") or {},
             numerics=answer["numerics"] or {},
             sources=answer["sources"],
             elapsed_s=answer["elapsed_s"],
@@ -336,10 +340,6 @@ class Run:
             environment=env,
             **rest,
         )
-
-
-def _measurement(body: Mapping[str, Any]) -> Measurement:
-    return Measurement(**{**body, "samples_s": tuple(body["samples_s"]), "clock_hz": tuple(body["clock_hz"])})
 
 
 def detect_device() -> Device:
