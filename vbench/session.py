@@ -311,8 +311,8 @@ def find_run(run: str, out: Path) -> Path:
     raise UsageError(f"no run {run!r} in {out}, and no such path")
 
 
-def show_run(run: str, out: Path, failed: bool, case_hash: str | None, as_json: bool) -> int:
-    """``vbench show``."""
+def show_run(run: str, out: Path, failed: bool, case_hash: str | None, fmt: str) -> int:
+    """``vbench show``. ``fmt``: ``table`` and ``markdown`` summarise, ``csv``: a row a record, ``json``: the records."""
     records = read_records(find_run(run, out))
     if failed:
         records = [r for r in records if r.outcome not in EXCUSED]
@@ -320,24 +320,54 @@ def show_run(run: str, out: Path, failed: bool, case_hash: str | None, as_json: 
         records = [r for r in records if report.short(r.case) == case_hash]
         if not records:
             raise UsageError(f"no case with hash {case_hash!r} in this run")
-    if as_json:
+    if fmt == "json":
         print("[" + ",\n".join(r.to_json() for r in records) + "]")
+        return 0
+    if fmt == "csv":
+        # The header is there even for no record, so that a reader of columns does not break.
+        print(report.table(report.frame(records), "csv"), end="")
         return 0
     if not records:
         print("no records")
         return 0
-    if case_hash is not None:
+    if case_hash is not None and fmt == "table":
         for r in records:
             print(f"{r.who}  {r.outcome}({r.reason})  {r.case}\n{r.detail}\n{r.error}\n{dict(r.metrics)}\n")
         return 0
-    if failed:
-        print(report.table(report.frame(records).drop(columns=["suite"])))
+    if failed or case_hash is not None:
+        print(report.table(report.frame(records).drop(columns=["suite"]).dropna(axis="columns", how="all"), fmt))
         return 0
-    print(report.table(report.conformance(records)))
+    print(report.table(report.conformance(records), fmt))
     if any(r.measurements for r in records):
         print()
-        print(report.table(report.timings(records)))
+        print(report.table(report.timings(records), fmt))
     return 0
+
+
+def doctor_command(as_json: bool) -> int:
+    """``vbench doctor``."""
+    from vbench import doctor
+    from vbench.runner import detect_device
+
+    found = doctor.examine(registry.backends().values(), detect_device())
+    print(doctor.to_json(found) if as_json else doctor.to_text(found))
+    return found.code
+
+
+def repro_command(case_hash: str, run: str, out: Path, backends: Sequence[str], as_json: bool) -> int:
+    """``vbench repro``. Raises UsageError for a hash, run or backend that is not there."""
+    from vbench import repro
+    from vbench.runner import detect_device
+
+    then = repro.select(read_records(find_run(run, out)), case_hash, backends)
+    pairs = repro.run(then, registry.backends(), detect_device())
+    code = repro.code(pairs)
+    if as_json:
+        body = [{"recorded": json.loads(p.then.to_json()), "now": json.loads(p.now.to_json())} for p in pairs]
+        print(json.dumps({"exit": code, "pairs": body}, indent=1, ensure_ascii=False))
+    else:
+        print(repro.to_text(pairs))
+    return code
 
 
 def _ledger(name: str) -> Ledger:
