@@ -312,7 +312,7 @@ def find_run(run: str, out: Path) -> Path:
 
 
 def show_run(run: str, out: Path, failed: bool, case_hash: str | None, fmt: str) -> int:
-    """``vbench show``. ``fmt``: ``table`` and ``markdown`` summarise, ``csv``: a row a record, ``json``: the records."""
+    """``vbench show``. ``fmt``: ``table`` and ``markdown`` summarise, ``csv`` a row a record, ``json`` the records."""
     records = read_records(find_run(run, out))
     if failed:
         records = [r for r in records if r.outcome not in EXCUSED]
