@@ -13,9 +13,11 @@ import pytest
 from vbench.cli import main, parser
 
 FROZEN = {
-    "run": "--suite --backend --op --device --effort --out --seed --strict --json",
+    "run": "--suite --backend --op --device --effort --out --seed --resume --strict --json",
     "list": "--json",
-    "show": "run --failed --case --out --json",
+    "show": "run --failed --case --out --format --json",
+    "repro": "hash --run --backend --out --json",
+    "doctor": "--json",
     "claims list": "--records --ledger --json",
     "claims check": "document --records --ledger --json",
     "claims update": "document --records --ledger --json",

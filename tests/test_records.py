@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vbench.errors import DataError
-from vbench.record import SCHEMA, ErrorStats, Measurement, Outcome, Record
+from vbench.record import SCHEMA, DeviceState, ErrorStats, Measurement, Outcome, Record
 from vbench.store import RunStore, read_records, write_records
 
 TIME = Record(
@@ -42,6 +42,56 @@ def test_round_trip(worst: float, metric: float, samples: list[float]) -> None:
     line = record.to_json()
     json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     assert Record.from_json(line, "x:1") == record
+
+
+NEWER = {
+    "record": ("first_launch_s", "steady_launch_s", "peak_device_bytes", "absent"),
+    "measurement": ("states", "states_absent", "flushed_bytes", "persisting_l2", "empty_s", "late_samples"),
+}
+
+
+@given(
+    throttle=st.none() | st.lists(st.sampled_from(["sw_power_cap", "gpu_idle"]), unique=True).map(tuple),
+    power=st.none() | st.floats(0, 1e3),
+    foreign=st.none() | st.integers(0, 9),
+)
+def test_states_and_phases_round_trip(
+    throttle: tuple[str, ...] | None, power: float | None, foreign: int | None
+) -> None:
+    given_figures = {"throttle": throttle, "power_w": power, "foreign_processes": foreign}
+    absent = {name: "not_supported" for name, value in given_figures.items() if value is None}
+    state = DeviceState(10, 1.98e9, 2.6e9, power, 40.0, throttle, foreign, 5, absent)
+    cold = Measurement(
+        "cold", (1e-6,), states=(state,), flushed_bytes=8, persisting_l2="reset", empty_s=(1e-7,), late_samples=1
+    )
+    record = dataclasses.replace(
+        TIME,
+        measurements=(cold,),
+        first_launch_s=2.0,
+        steady_launch_s=0.5,
+        peak_device_bytes=7,
+        absent={"cold": "no_memory_for_flush"},
+    )
+    again = Record.from_json(record.to_json(), "x:1")
+    assert again == record and again.compile_s == 1.5
+
+
+def test_a_line_of_before_these_keys_still_parses() -> None:
+    body = json.loads(TIME.to_json())
+    for key in NEWER["record"]:
+        del body[key]
+    for key in NEWER["measurement"]:
+        del body["measurements"][0][key]
+    old = Record.from_json(json.dumps(body), "x:1")
+    assert old == TIME and old.compile_s is None
+
+
+def test_a_state_without_a_figure_needs_its_reason_on_reading_too() -> None:
+    state = DeviceState(0, 1.0, 1.0, None, 1.0, (), 0, 1, {"power_w": "not_supported"})
+    body = json.loads(dataclasses.replace(TIME, measurements=(Measurement("wall", (1.0,), states=(state,)),)).to_json())
+    del body["measurements"][0]["states"][0]["absent"]
+    with pytest.raises(DataError, match=r"x:1.*power_w"):
+        Record.from_json(json.dumps(body), "x:1")
 
 
 def test_schema_of_a_line() -> None:

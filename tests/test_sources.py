@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,18 @@ def test_a_kernel_edit_leaves_other_backends_alone() -> None:
 
 def test_no_source_gives_no_digest() -> None:
     assert sources.digest(("no.such.module",)) == ""
+
+
+def test_digests_import_nothing() -> None:
+    """A name that is imported from a module may itself be a module; asking must not import its parent (and torch)."""
+    code = (
+        "import sys\nfrom vbench import registry, sources\n{first}ops = registry.ops()\n"
+        "for info in registry.backends().values():\n"
+        "    for op, factory in info.ops.items():\n"
+        "        assert sources.job_digest(factory, ops[op].oracle, ops[op].inputs)\n"
+        "print('torch' in sys.modules)\n"
+    )
+    for first, seen in (("", "False"), ("import torch\n", "True")):
+        command = [sys.executable, "-c", code.format(first=first)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        assert done.stdout.strip() == seen

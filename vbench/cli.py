@@ -24,12 +24,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--suite", action="append", default=[], metavar="NAME", help="suite to run; repeatable; all")
     run.add_argument("--backend", action="append", default=[], metavar="NAME", help="backend to run; repeatable; all")
     run.add_argument("--op", action="append", default=[], metavar="NAME", help="operation to run; repeatable; all")
-    run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where (default: auto)")
-    run.add_argument(
-        "--effort", choices=("quick", "standard", "full"), default="quick", help="how much (default: quick)"
-    )
+    # No defaults here: --resume must be able to tell a given option from an omitted one.
+    run.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where (default: auto)")
+    run.add_argument("--effort", choices=("quick", "standard", "full"), help="how much (default: quick)")
     run.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results folder ({DEFAULT_OUT})")
-    run.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generated cases (default: 0)")
+    run.add_argument("--seed", type=int, metavar="N", help="seed of the generated cases (default: 0)")
+    run.add_argument("--resume", metavar="RUN", help="finish an unfinished run (run id, folder or latest)")
     run.add_argument("--strict", action="store_true", help="exit 3 if anything was not decided")
     run.add_argument("--json", action="store_true", help="print a JSON summary instead of the last screen")
 
@@ -41,7 +41,22 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--failed", action="store_true", help="only what is neither passed nor excused")
     show.add_argument("--case", metavar="HASH", help="only this case, with every detail")
     show.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results folder ({DEFAULT_OUT})")
-    show.add_argument("--json", action="store_true", help="print the records as JSON")
+    show.add_argument(
+        "--format", choices=("table", "markdown", "csv", "json"), default="table", help="csv: a row a record (table)"
+    )
+    show.add_argument("--json", action="store_const", const="json", dest="format", help="the same as --format json")
+
+    repro = commands.add_parser("repro", help="run one case of a run again and compare; exit 1 if it fails")
+    repro.add_argument("hash", metavar="HASH", help="the case's short hash, as reports print it")
+    repro.add_argument("--run", default="latest", metavar="RUN", help="run id, folder or JSONL file (latest)")
+    repro.add_argument(
+        "--backend", action="append", default=[], metavar="NAME", help="backend or backend[variant]; repeatable; all"
+    )
+    repro.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results folder ({DEFAULT_OUT})")
+    repro.add_argument("--json", action="store_true", help="print both records of each backend")
+
+    doctor = commands.add_parser("doctor", help="what is usable here, why the rest is not, how to install it")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
 
     claims = commands.add_parser("claims", help="the claims ledger, and the numbers in documents")
     verbs = claims.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -72,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vbench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("vbench: interrupted; finished records are kept", file=sys.stderr)
+        hint = "; vbench run --resume latest does the rest" if arguments.command == "run" else ""
+        print(f"vbench: interrupted; finished records are kept{hint}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output went away (| head): no error of ours, but Python must not complain at exit.
@@ -81,16 +97,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from vbench.session import run_suites
+    from vbench.session import resume_run, run_suites
 
+    if arguments.resume is not None:
+        given = [
+            n for n in ("suite", "backend", "op", "device", "effort", "seed") if getattr(arguments, n) not in (None, [])
+        ]
+        if given:
+            raise UsageError(f"--resume takes the plan of the run: leave out --{', --'.join(given)}")
+        return resume_run(arguments.resume, arguments.out, strict=arguments.strict, as_json=arguments.json)
     return run_suites(
         suites=arguments.suite,
         backends=arguments.backend,
         ops=arguments.op,
-        device=arguments.device,
-        effort=arguments.effort,
+        device=arguments.device or "auto",
+        effort=arguments.effort or "quick",
         out=arguments.out,
-        seed=arguments.seed,
+        seed=arguments.seed or 0,
         strict=arguments.strict,
         as_json=arguments.json,
     )
@@ -148,7 +171,19 @@ def _list(arguments: argparse.Namespace) -> int:
 def _show(arguments: argparse.Namespace) -> int:
     from vbench.session import show_run
 
-    return show_run(arguments.run, arguments.out, arguments.failed, arguments.case, arguments.json)
+    return show_run(arguments.run, arguments.out, arguments.failed, arguments.case, arguments.format)
+
+
+def _repro(arguments: argparse.Namespace) -> int:
+    from vbench.session import repro_command
+
+    return repro_command(arguments.hash, arguments.run, arguments.out, arguments.backend, arguments.json)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from vbench.session import doctor_command
+
+    return doctor_command(arguments.json)
 
 
 def _claims(arguments: argparse.Namespace) -> int:
@@ -157,4 +192,4 @@ def _claims(arguments: argparse.Namespace) -> int:
     return claims_command(arguments)
 
 
-_COMMANDS = {"run": _run, "list": _list, "show": _show, "claims": _claims}
+_COMMANDS = {"run": _run, "list": _list, "show": _show, "repro": _repro, "doctor": _doctor, "claims": _claims}

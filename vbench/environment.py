@@ -12,7 +12,7 @@ from typing import Any
 
 from vbench.backend import Availability, Device
 
-PACKAGES = ("torch", "triton", "numba", "numba-cuda", "numpy", "vbench-kernels")
+PACKAGES = ("torch", "triton", "numba", "numba-cuda", "numpy", "nvidia-ml-py", "vbench-kernels")
 
 
 def package_versions() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What happened: one Record per planned job, as stored in JSONL. Standard library only.
 
 Schema history
-    1  first version.
+    1  first version. Keys are only ever added: older lines of schema 1 parse, a key they lack meaning "not recorded".
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -76,6 +76,41 @@ class ErrorStats:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceState:
+    """The GPU between two blocks of samples, as NVML gives it.
+
+    Args:
+        at_sample: how many samples had been taken.
+        sm_clock_hz, memory_clock_hz: clocks now.
+        power_w: board power, averaged by the driver.
+        temperature_c: of the GPU.
+        throttle: active reasons for lower clocks (``sw_power_cap``, ``hw_thermal_slowdown``, ...; empty: none).
+        foreign_processes: compute processes on the GPU that are not ours.
+        memory_used_bytes: device memory in use by all processes.
+        absent: name of each figure that is ``None`` -> reason code (``not_supported``, ``no_permission``, ...).
+
+    Raises:
+        DataError: a figure is missing without a reason, or has one though it is there.
+    """
+
+    at_sample: int
+    sm_clock_hz: float | None = None
+    memory_clock_hz: float | None = None
+    power_w: float | None = None
+    temperature_c: float | None = None
+    throttle: tuple[str, ...] | None = None
+    foreign_processes: int | None = None
+    memory_used_bytes: int | None = None
+    absent: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        missing = {f.name for f in fields(self) if getattr(self, f.name) is None}
+        if missing != set(self.absent):
+            names = ", ".join(sorted(missing ^ set(self.absent)))
+            raise DataError(f"device state: a figure is missing exactly where a reason is given; not so for {names}")
+
+
+@dataclass(frozen=True, slots=True)
 class Measurement:
     """Raw samples in time order. Statistics are computed, never stored alone.
 
@@ -86,6 +121,13 @@ class Measurement:
         rotated_bytes: bytes of distinct buffers the launches cycle through.
         clock_hz: SM clock before and after, where readable.
         stopped: why sampling ended (``count``, ``time``, ``interval``).
+        states: the GPU before the first block of samples and after each.
+        states_absent: why there are none (``no_gpu``, ``pynvml_not_installed``, ...).
+        flushed_bytes: for ``cold``, bytes written, and as many read, before each sample to empty the L2 cache.
+        persisting_l2: for ``cold``, ``reset``, or why the persisting part of L2 could not be reset.
+        empty_s: for ``cold``, what the same procedure reads with no launch between its two events, seconds.
+        late_samples: for ``cold``, samples in which the GPU reached the launch before the host had queued it, so that
+            they hold host time.
     """
 
     quantity: Quantity
@@ -94,6 +136,12 @@ class Measurement:
     rotated_bytes: int = 0
     clock_hz: tuple[float, ...] = ()
     stopped: str = "count"
+    states: tuple[DeviceState, ...] = ()
+    states_absent: str = ""
+    flushed_bytes: int = 0
+    persisting_l2: str = ""
+    empty_s: tuple[float, ...] = ()
+    late_samples: int = 0
 
     def __post_init__(self) -> None:
         if not self.samples_s or any(not math.isfinite(s) or s <= 0 for s in self.samples_s):
@@ -102,6 +150,16 @@ class Measurement:
     @property
     def median_s(self) -> float:
         return statistics.median(self.samples_s)
+
+    @staticmethod
+    def from_dict(body: Mapping[str, Any]) -> Measurement:
+        """From parsed JSON, or what ``asdict`` made. Raises DataError, KeyError or TypeError for anything else."""
+        states = tuple(
+            DeviceState(**{**s, "throttle": None if s.get("throttle") is None else tuple(s["throttle"])})
+            for s in body.get("states", ())
+        )
+        tuples = {name: tuple(body.get(name, ())) for name in ("samples_s", "clock_hz", "empty_s")}
+        return Measurement(**{**body, **tuples, "states": states})
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +179,13 @@ class Record:
         error: for kinds check and time.
         measurements: only with PASSED, or for peers and subjects with a note in ``reason`` that the value was wrong.
         metrics: further figures by name (accuracy, bytes, hit rate), plain floats.
-        prepare_s: seconds of set-up outside the clock (binding, packing, compiling).
+        prepare_s: phase 1, seconds of set-up outside the clock (binding, packing, compiling ahead).
+        first_launch_s: phase 2, the first launch, wall time until the device is idle; compiles what ``bind`` did not.
+        steady_launch_s: phase 3, the second launch, measured like the first; see ``compile_s``.
         peak_bytes: device memory of one launch's outputs and scratch at its peak, allocator's count.
+        peak_device_bytes: device memory in use during one launch above that before it, NVML, polled; it holds what
+            the allocator does not see, and whatever other processes took meanwhile.
+        absent: name of a figure that was asked for and could not be had -> reason code.
         numerics: the kernel's declared numerics.
         environment: machine and versions; key ``hardware`` is the class claims name (``cpu``, ``sm_90``).
         sources: digest of kernel, oracle and op sources.
@@ -144,7 +207,11 @@ class Record:
     measurements: tuple[Measurement, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     prepare_s: float | None = None
+    first_launch_s: float | None = None
+    steady_launch_s: float | None = None
     peak_bytes: int | None = None
+    peak_device_bytes: int | None = None
+    absent: Mapping[str, str] = field(default_factory=dict)
     numerics: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     sources: str = ""
@@ -170,6 +237,13 @@ class Record:
     @property
     def hardware(self) -> str:
         return str(self.environment.get("hardware", ""))
+
+    @property
+    def compile_s(self) -> float | None:
+        """What the first launch took beyond a steady one, seconds; ``None`` where there was no second launch."""
+        if self.first_launch_s is None or self.steady_launch_s is None:
+            return None
+        return self.first_launch_s - self.steady_launch_s
 
     def measurement(self, quantity: str) -> Measurement | None:
         return next((m for m in self.measurements if m.quantity == quantity), None)
@@ -209,10 +283,7 @@ class Record:
                 for name in ("worst_over_budget", "max_ulp", "correctly_rounded"):
                     error_stats[name] = None if error_stats[name] is None else float(error_stats[name])
                 body["error"] = ErrorStats(**error_stats)
-            body["measurements"] = tuple(
-                Measurement(**{**m, "samples_s": tuple(m["samples_s"]), "clock_hz": tuple(m.get("clock_hz", ()))})
-                for m in body.get("measurements", ())
-            )
+            body["measurements"] = tuple(Measurement.from_dict(m) for m in body.get("measurements", ()))
             body["metrics"] = {k: float(v) for k, v in body.get("metrics", {}).items()}
             body["outcome"] = Outcome(body["outcome"])
             if body.get("kind") not in KINDS:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 LAST_SCREEN_LINES = 15
 
+#: Kinds of records that ``vbench repro`` takes.
+REPEATABLE = ("check", "time", "battery")
+
 
 def short(case_id: str) -> str:
     """The short hash of a case id, as ``vbench show`` takes it."""
@@ -42,6 +45,11 @@ def _parse(ops: dict[str, Op], case_id: str) -> Case | None:
     return op.parse(case_id) if op is not None else None
 
 
+#: Columns of a frame of no records.
+_COLUMNS = ["hash", "kind", "suite", "backend", "case", "outcome", "reason", "err/budget", "correctly rounded"]
+_COLUMNS += ["prepare_s", "compile_s", "steady_launch_s", "peak_bytes", "peak_device_bytes"]
+
+
 def frame(records: Iterable[Record]) -> DataFrame:
     """One row a record, for tables, CSV and further analysis."""
     import pandas as pd
@@ -59,10 +67,12 @@ def frame(records: Iterable[Record]) -> DataFrame:
             "err/budget": r.error.worst_over_budget if r.error else None,
             "correctly rounded": r.error.correctly_rounded if r.error else None,
         }
+        row |= {"prepare_s": r.prepare_s, "compile_s": r.compile_s, "steady_launch_s": r.steady_launch_s}
+        row |= {"peak_bytes": r.peak_bytes, "peak_device_bytes": r.peak_device_bytes}
         for m in r.measurements:
             row[f"{m.quantity}_s"] = m.median_s
         rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=None if rows else _COLUMNS)
 
 
 def table(data: DataFrame, fmt: str = "table") -> str:
@@ -183,7 +193,8 @@ def last_screen(
         lines.append(f"          and {len(failed) - 3} more: vbench show {run_id} --failed")
     lines.append(f"not run   {', '.join(f'{n} {reason}' for reason, n in missing.most_common(6)) or 'nothing'}")
     lines.append(f"records   {where}")
-    lines.append(f"next      vbench show {run_id}")
+    again = f"vbench repro {_hash(failed[0].case)} --run {run_id}" if failed and failed[0].kind in REPEATABLE else ""
+    lines.append(f"next      {again or f'vbench show {run_id}'}")
     return "\n".join(lines[:LAST_SCREEN_LINES])
 
 

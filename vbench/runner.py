@@ -19,13 +19,17 @@ from typing import Any
 
 from vbench import environment
 from vbench.backend import Device
-from vbench.plan import ARITHMETIC, BATTERY, Job
+from vbench.errors import DataError
+from vbench.plan import ARITHMETIC, BATTERY, DEADLINE_S, Job
 from vbench.record import ErrorStats, Measurement, Outcome, Record
 from vbench.registry import OWN_DISTRIBUTION, BackendInfo
-from vbench.store import RunStore
+from vbench.store import Key, RunStore
 
 #: Limit of a worker's start (interpreter, torch, loading the backend), which is no job's own time.
 START_DEADLINE_S = 120.0
+
+#: A job that was in flight when the harness was killed may be begun this often; it may be what killed it.
+MOST_STARTS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +152,8 @@ class Run:
         arithmetic: claim id -> (metrics, digest of what was computed), for kind ``arithmetic``.
         parallel: workers at a time while nothing is being timed.
         on_record: called after each record is stored (progress).
+        kept: records that an earlier, unfinished process of the same run stored; their jobs are not run again.
+        starts: how often a job was begun by such a process; see ``MOST_STARTS``.
     """
 
     run_id: str
@@ -158,7 +164,11 @@ class Run:
     arithmetic: Callable[[str], tuple[Mapping[str, float], str]]
     parallel: int
     on_record: Callable[[Record], None]
+    kept: Sequence[Record] = ()
+    starts: Mapping[Key, int] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
+    _in_flight: set[Key] = field(default_factory=set)
+    _verified: set[str] = field(default_factory=set)
     _stop: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _workers: set[WorkerProcess] = field(default_factory=set)
@@ -169,11 +179,16 @@ class Run:
 
         Raises:
             KeyboardInterrupt: after killing the workers; every finished record is stored.
-            DataError: the store refused a record.
+            DataError: the store refused a record, or this is not the machine that the kept records are from.
         """
+        self.records = list(self.kept)
+        self._probes = {r.backend: r for r in self.kept if r.kind == "probe"}
+        done = {(r.kind, r.case, r.backend, r.variant) for r in self.kept}
         checks: dict[str, list[Job]] = {}
         times: dict[str, list[Job]] = {}
         for job in self.jobs:
+            if job.key in done:
+                continue
             (times if job.kind == "time" else checks).setdefault(job.backend, []).append(job)
         try:
             with ThreadPoolExecutor(max_workers=self.parallel) as pool:
@@ -199,8 +214,14 @@ class Run:
         self._stop.set()
         with self._lock:
             workers = list(self._workers)
+            in_flight, self._in_flight = self._in_flight, set()
         for worker in workers:
             worker.kill()
+        # The workers end with us and for our reasons, so that no job of theirs is to blame. A failing disk may be why
+        # we end, and must not hide the first error; the job then counts as begun, which costs it one try.
+        with contextlib.suppress(DataError):
+            for key in sorted(in_flight):
+                self.store.withdrawn(key)
 
     def _backend(self, name: str, jobs: Iterable[Job]) -> None:
         """All given jobs of one backend in one warm worker."""
@@ -219,11 +240,30 @@ class Run:
             with self._lock:
                 self._workers.discard(worker)
 
+    def _same_machine(self, worker: WorkerProcess, name: str) -> None:
+        """A resumed backend must be usable as its kept probe says: records of one run share one environment."""
+        kept = next((r for r in self.kept if r.kind == "probe" and r.backend == name), None)
+        if kept is None or kept.outcome is not Outcome.PASSED or name in self._verified:
+            return
+        self._verified.add(name)
+        answer = worker.ask({"kind": "probe"}, DEADLINE_S["probe"])
+        if isinstance(answer, Failure):
+            raise DataError(f"resume: backend {name} was usable and now its probe ends in {answer.reason}")
+        # Through JSON and back, as the kept one went.
+        now = json.loads(json.dumps([answer["outcome"], answer["reason"], answer.get("environment") or {}]))
+        then = json.loads(json.dumps([kept.outcome, kept.reason, dict(kept.environment)]))
+        if now != then:
+            old, new = then[2], now[2]
+            keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+            words = "; ".join(f"{k} was {old.get(k)!r}, is {new.get(k)!r}" for k in keys) or f"{then[:2]} now {now[:2]}"
+            raise DataError(f"resume: backend {name} stands on another environment ({words}); start a new run")
+
     def _finish(self, record: Record) -> None:
         if self._stop.is_set():
             return
         self.store.append(record)
         with self._lock:
+            self._in_flight.discard((record.kind, record.case, record.backend, record.variant))
             self.records.append(record)
             if record.kind == "probe":
                 self._probes[record.backend] = record
@@ -246,6 +286,15 @@ class Run:
             detail = f"{probe.reason} here: run for its meaning, never for its speed"
             return self._record(job, Outcome.UNAVAILABLE, "needs_cuda", detail)
         request = {"kind": job.kind, "op": job.op, "case": job.case, "variant": job.variant, "role": job.role}
+        if self.starts.get(job.key, 0) >= MOST_STARTS:
+            detail = (
+                f"begun {self.starts[job.key]} times, and each time the run was killed before it ended; not tried again"
+            )
+            return self._record(job, Outcome.CRASHED, "in_flight_when_killed", detail)
+        self._same_machine(worker, job.backend)
+        with self._lock:
+            self._in_flight.add(job.key)
+        self.store.started(job.key)
         answer = worker.ask(request, job.deadline_s)
         if isinstance(answer, Failure):
             return self._record(job, answer.outcome, answer.reason, answer.detail)
@@ -257,10 +306,14 @@ class Run:
             answer["reason"],
             answer["detail"],
             error=ErrorStats(**{**error, "at": tuple(error["at"])}) if error else None,
-            measurements=tuple(_measurement(m) for m in answer["measurements"]),
+            measurements=tuple(Measurement.from_dict(m) for m in answer["measurements"]),
             metrics=answer["metrics"] or {},
             prepare_s=answer["prepare_s"],
+            first_launch_s=answer.get("first_launch_s"),
+            steady_launch_s=answer.get("steady_launch_s"),
             peak_bytes=answer["peak_bytes"],
+            peak_device_bytes=answer.get("peak_device_bytes"),
+            absent=answer.get("absent") or {},
             numerics=answer["numerics"] or {},
             sources=answer["sources"],
             elapsed_s=answer["elapsed_s"],
@@ -287,10 +340,6 @@ class Run:
             environment=env,
             **rest,
         )
-
-
-def _measurement(body: Mapping[str, Any]) -> Measurement:
-    return Measurement(**{**body, "samples_s": tuple(body["samples_s"]), "clock_hz": tuple(body["clock_hz"])})
 
 
 def detect_device() -> Device:

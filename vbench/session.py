@@ -8,24 +8,29 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vbench import registry, report
+from vbench import environment, registry, report
 from vbench.backend import Device
 from vbench.claims import Claim, Ledger, arithmetic_metrics, load_ledger, stated_digest
 from vbench.errors import DataError, UsageError
 from vbench.judge import ClaimVerdict, exit_code, judge
 from vbench.plan import Effort, Job, plan
 from vbench.record import EXCUSED, Record
+from vbench.registry import BackendInfo
+from vbench.resume import Pins, pins, refuse_changes
 from vbench.sources import job_digest
-from vbench.store import RunStore, new_run_id, read_records
+from vbench.store import RUN_FILE, Key, RunStore, new_run_id, read_records, read_summary, start_counts
 
 
-def current_sources() -> Callable[[Record], str | None]:
-    """Digest of the sources as they are now for a record's backend and op; ``None`` where they cannot be found."""
-    ops, infos = registry.ops(), registry.backends()
+def current_sources(infos: Mapping[str, BackendInfo] | None = None) -> Callable[[Record], str | None]:
+    """Digest of the sources as they are now for a record's backend and op; ``None`` where they cannot be found.
+
+    ``infos`` are all registered backends; asked for where not given, which starts a process for each stranger.
+    """
+    ops, infos = registry.ops(), registry.backends() if infos is None else infos
     stated = _stated(ledgers())
 
     def find(record: Record) -> str | None:
@@ -64,55 +69,153 @@ def run_suites(
     as_json: bool,
 ) -> int:
     """``vbench run``. Raises UsageError or DataError for bad input."""
-    from vbench.runner import Run, detect_device
+    from vbench.runner import detect_device
 
     known_suites, known_ops, known_backends = registry.suites(), registry.ops(), registry.backends()
-    chosen_suites = [known_suites[n] for n in registry.choose("suite", suites, known_suites)]
+    chosen_suites = registry.choose("suite", suites, known_suites)
     chosen_ops = registry.choose("op", ops, known_ops)
-    chosen = {n: known_backends[n] for n in registry.choose("backend", backends, known_backends)}
-    books = ledgers()
-    stated = _stated(books)
+    chosen = registry.choose("backend", backends, known_backends)
     where: Device = "cuda" if device == "cuda" else "cpu" if device == "cpu" else detect_device()
     if where == "cuda" and device == "cuda" and detect_device() != "cuda":
         raise UsageError("--device cuda: torch sees no GPU here; use --device cpu, or run on a machine with CUDA")
-    jobs = plan(chosen_suites, list(chosen.values()), ops=chosen_ops, effort=effort, seed=seed, claims=stated)
     run_id = new_run_id()
-    summary = {
+    recipe = {
         "run": run_id,
         "device": where,
         "effort": effort,
         "seed": seed,
-        "suites": [s.name for s in chosen_suites],
-        "backends": list(chosen),
+        "suites": chosen_suites,
+        "backends": chosen,
         "ops": chosen_ops,
-        "jobs": len(jobs),
+        "claims": sorted(_stated(ledgers())),
     }
+    jobs, pinned = _plan(recipe, known_backends)
+    summary = {**recipe, "jobs": len(jobs), "pins": pinned}
     store = RunStore(out / run_id, summary)
+    return _execute(summary, jobs, known_backends, store, (), {}, strict=strict, as_json=as_json)
+
+
+def resume_run(run: str, out: Path, *, strict: bool, as_json: bool) -> int:
+    """``vbench run --resume RUN``: what is missing of an unfinished run, into the same folder under the same id.
+
+    Raises:
+        UsageError: no such run.
+        DataError: it is still going on, or plan, sources or machine have changed.
+    """
+    from vbench.runner import detect_device
+
+    folder = find_run(run, out)
+    if not folder.is_dir():
+        raise UsageError(f"--resume {run}: a run's folder is needed, not a file of records")
+    summary = read_summary(folder)
+    where = str(folder / RUN_FILE)
+    missing = [key for key in _RECIPE if key not in summary]
+    if missing:
+        raise DataError(f"{where}: has no {', '.join(missing)}, so that this run cannot be resumed")
+    known_backends = registry.backends()
+    try:
+        for what, names, known in (
+            ("suite", summary["suites"], registry.suites()),
+            ("op", summary["ops"], registry.ops()),
+            ("backend", summary["backends"], known_backends),
+        ):
+            registry.choose(what, names, known)
+    except UsageError as error:
+        raise DataError(f"{where}: cannot be resumed: {error}") from None
+    jobs, pinned = _plan(summary, known_backends)
+    refuse_changes(summary.get("pins"), pinned, where)
+    if summary["device"] == "cuda" and detect_device() != "cuda":
+        raise DataError(f"{where}: ran on a GPU, and torch sees none here")
+    store = RunStore(folder, summary, resume=True)
+    try:
+        kept = read_records(store.path)
+        _refuse_strangers(kept, jobs, summary, store.path)
+        starts = start_counts(folder)
+    except DataError:
+        store.close()
+        raise
+    torn = f", {store.torn} bytes of a torn line cut off" if store.torn else ""
+    print(f"resuming {summary['run']}: {len(kept)} of {len(jobs)} records kept{torn}", file=sys.stderr)
+    return _execute(summary, jobs, known_backends, store, kept, starts, strict=strict, as_json=as_json)
+
+
+#: Keys of ``run.json`` that a plan is made from.
+_RECIPE = ("run", "device", "effort", "seed", "suites", "backends", "ops", "claims")
+
+
+def _refuse_strangers(kept: Sequence[Record], jobs: Sequence[Job], summary: dict[str, Any], path: Path) -> None:
+    planned = {job.key for job in jobs}
+    for record in kept:
+        key = record.kind, record.case, record.backend, record.variant
+        if key not in planned or record.run != summary["run"]:
+            raise DataError(f"{path}: record {record.id} ({record.who}, {record.case}) is none of this run's plan")
+
+
+def _plan(recipe: dict[str, Any], infos: dict[str, BackendInfo]) -> tuple[tuple[Job, ...], Pins]:
+    """The jobs that a recipe means with what is installed now, and what they rest on."""
+    known_suites, known_ops = registry.suites(), registry.ops()
+    stated = _stated(ledgers())
+    gone = [claim for claim in recipe["claims"] if claim not in stated]
+    if gone:
+        raise DataError(f"cannot be resumed, start a new run (claim {gone[0]} is in no ledger)")
+    jobs = plan(
+        [known_suites[n] for n in recipe["suites"]],
+        [infos[n] for n in recipe["backends"]],
+        ops=recipe["ops"],
+        effort=recipe["effort"],
+        seed=recipe["seed"],
+        claims=recipe["claims"],
+    )
+    machine = environment.describe("cpu")
+    return jobs, pins(jobs, infos, known_ops, machine, lambda claim: stated_digest(stated[claim]))
+
+
+def _execute(
+    summary: dict[str, Any],
+    jobs: Sequence[Job],
+    infos: dict[str, BackendInfo],
+    store: RunStore,
+    kept: Sequence[Record],
+    starts: Mapping[Key, int],
+    *,
+    strict: bool,
+    as_json: bool,
+) -> int:
+    """Run, judge and report. Closes the store."""
+    from vbench.runner import Run
+
+    books = ledgers()
+    stated = _stated(books)
+    where: Device = summary["device"]
     parallel = min(os.cpu_count() or 1, 2 if where == "cpu" else 6)
-    progress = _Progress(jobs)
+    progress = _Progress(len(jobs) - len(kept))
     began = time.monotonic()
     try:
         with progress:
             run = Run(
-                run_id=run_id,
+                run_id=summary["run"],
                 jobs=jobs,
-                infos=chosen,
+                infos={name: infos[name] for name in summary["backends"]},
                 device=where,
                 store=store,
                 arithmetic=lambda claim: (arithmetic_metrics(stated[claim]), stated_digest(stated[claim])),
                 parallel=parallel,
                 on_record=progress.step,
+                kept=kept,
+                starts=starts,
             )
             records = run.execute()
     finally:
         store.close()
-    verdicts = [v for book in books.values() for v in judge(book, records, current_sources=current_sources())]
+    now = current_sources(infos)
+    verdicts = [v for book in books.values() for v in judge(book, records, current_sources=now)]
     code, reasons = exit_code(records, verdicts, strict=strict)
     if as_json:
-        print(json.dumps(_summary(summary, records, verdicts, code, reasons, store.path), indent=1))
+        shown = {key: value for key, value in summary.items() if key not in ("pins", "claims")}
+        print(json.dumps(_summary(shown, records, verdicts, code, reasons, store.path), indent=1))
         return code
     screen = report.last_screen(
-        run_id=run_id,
+        run_id=summary["run"],
         records=records,
         verdicts=verdicts,
         code=code,
@@ -154,8 +257,8 @@ def _verdict_json(verdict: ClaimVerdict) -> dict[str, Any]:
 class _Progress:
     """A progress bar with time left on a terminal; elsewhere a line on standard error every ten seconds."""
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self._total = len(jobs)
+    def __init__(self, total: int) -> None:
+        self._total = total
         self._done = 0
         self._bad = 0
         self._began = self._said = time.monotonic()
@@ -208,8 +311,8 @@ def find_run(run: str, out: Path) -> Path:
     raise UsageError(f"no run {run!r} in {out}, and no such path")
 
 
-def show_run(run: str, out: Path, failed: bool, case_hash: str | None, as_json: bool) -> int:
-    """``vbench show``."""
+def show_run(run: str, out: Path, failed: bool, case_hash: str | None, fmt: str) -> int:
+    """``vbench show``. ``fmt``: ``table`` and ``markdown`` summarise, ``csv`` a row a record, ``json`` the records."""
     records = read_records(find_run(run, out))
     if failed:
         records = [r for r in records if r.outcome not in EXCUSED]
@@ -217,24 +320,54 @@ def show_run(run: str, out: Path, failed: bool, case_hash: str | None, as_json: 
         records = [r for r in records if report.short(r.case) == case_hash]
         if not records:
             raise UsageError(f"no case with hash {case_hash!r} in this run")
-    if as_json:
+    if fmt == "json":
         print("[" + ",\n".join(r.to_json() for r in records) + "]")
+        return 0
+    if fmt == "csv":
+        # The header is there even for no record, so that a reader of columns does not break.
+        print(report.table(report.frame(records), "csv"), end="")
         return 0
     if not records:
         print("no records")
         return 0
-    if case_hash is not None:
+    if case_hash is not None and fmt == "table":
         for r in records:
             print(f"{r.who}  {r.outcome}({r.reason})  {r.case}\n{r.detail}\n{r.error}\n{dict(r.metrics)}\n")
         return 0
-    if failed:
-        print(report.table(report.frame(records).drop(columns=["suite"])))
+    if failed or case_hash is not None:
+        print(report.table(report.frame(records).drop(columns=["suite"]).dropna(axis="columns", how="all"), fmt))
         return 0
-    print(report.table(report.conformance(records)))
+    print(report.table(report.conformance(records), fmt))
     if any(r.measurements for r in records):
         print()
-        print(report.table(report.timings(records)))
+        print(report.table(report.timings(records), fmt))
     return 0
+
+
+def doctor_command(as_json: bool) -> int:
+    """``vbench doctor``."""
+    from vbench import doctor
+    from vbench.runner import detect_device
+
+    found = doctor.examine(registry.backends().values(), detect_device())
+    print(doctor.to_json(found) if as_json else doctor.to_text(found))
+    return found.code
+
+
+def repro_command(case_hash: str, run: str, out: Path, backends: Sequence[str], as_json: bool) -> int:
+    """``vbench repro``. Raises UsageError for a hash, run or backend that is not there."""
+    from vbench import repro
+    from vbench.runner import detect_device
+
+    then = repro.select(read_records(find_run(run, out)), case_hash, backends)
+    pairs = repro.run(then, registry.backends(), detect_device())
+    code = repro.code(pairs)
+    if as_json:
+        body = [{"recorded": json.loads(p.then.to_json()), "now": json.loads(p.now.to_json())} for p in pairs]
+        print(json.dumps({"exit": code, "pairs": body}, indent=1, ensure_ascii=False))
+    else:
+        print(repro.to_text(pairs))
+    return code
 
 
 def _ledger(name: str) -> Ledger:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import importlib.machinery
 import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,8 +19,16 @@ _NEUTRAL_ROOTS = ("vbench.spec", "vbench.backend", "vbench.errors", "vbench.reco
 
 
 def _file(module: str) -> Path | None:
+    """The source file of a module, found without importing its parents, as ``find_spec`` of a dotted name would."""
+    top, *rest = module.split(".")
     try:
-        spec = importlib.util.find_spec(module)
+        spec = importlib.util.find_spec(top)
+        name = top
+        for part in rest:
+            if spec is None or spec.submodule_search_locations is None:
+                return None
+            name = f"{name}.{part}"
+            spec = importlib.machinery.PathFinder.find_spec(name, list(spec.submodule_search_locations))
     except (ImportError, ValueError):
         return None
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):

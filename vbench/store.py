@@ -1,12 +1,15 @@
-"""Append-only JSONL of records, fsynced one by one, and a small run.json beside it."""
+"""Append-only JSONL of records and of started jobs, fsynced one by one, and a small run.json beside them."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import json
 import os
 import secrets
 import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ from vbench.errors import DataError
 from vbench.record import Record
 
 RECORDS = "records.jsonl"
+STARTED = "started.jsonl"
+RUN_FILE = "run.json"
 
 
 def new_run_id() -> str:
@@ -22,22 +27,51 @@ def new_run_id() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S") + "-" + secrets.token_hex(3)
 
 
+Key = tuple[str, str, str, str]
+
+
 class RunStore:
     """One run's folder. Every finished record survives Ctrl-C, SIGKILL and a full disk later on.
 
+    ``records.jsonl`` holds what ended. ``started.jsonl`` holds one line ``{"started": [kind, case, backend, variant]}``
+    before each job that goes to a worker, and ``{"withdrawn": [...]}`` for one that an orderly interruption ended, so
+    that a later run can tell which jobs were in flight when the harness itself was killed.
+
+    Args:
+        folder: made here, or with ``resume`` opened again.
+        plan_summary: written to ``run.json``; not used with ``resume``.
+        resume: reopen the folder of an unfinished run; a line torn by the end of the process is cut off.
+
     Raises:
-        DataError: the folder cannot be made or written to.
+        DataError: the folder cannot be made, opened or written to, or another process is writing to it.
     """
 
-    def __init__(self, folder: Path, plan_summary: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, plan_summary: Mapping[str, Any], *, resume: bool = False) -> None:
         self.folder = folder
         self._lock = threading.Lock()
+        self._broken = False
+        self.torn = 0
         try:
-            folder.mkdir(parents=True, exist_ok=False)
-            (folder / "run.json").write_text(json.dumps(plan_summary, indent=1) + "\n", encoding="utf-8")
-            self._fd = os.open(folder / RECORDS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            if not resume:
+                folder.mkdir(parents=True, exist_ok=False)
+                _write_whole(folder / RUN_FILE, json.dumps(plan_summary, indent=1) + "\n")
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+            self._fd = os.open(folder / RECORDS, flags, 0o644)
+            try:
+                # One writer a folder: a second one would do the same jobs again under the same ids.
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._started_fd = os.open(folder / STARTED, flags, 0o644)
+            except OSError:
+                os.close(self._fd)
+                raise
+        except BlockingIOError:
+            raise DataError(
+                f"results folder {folder}: another process is running into it; wait until it ends"
+            ) from None
         except OSError as error:
             raise DataError(f"results folder {folder}: {error.strerror}; choose another with --out") from None
+        if resume:
+            self.torn = cut_torn_line(self._fd) + cut_torn_line(self._started_fd)
 
     @property
     def path(self) -> Path:
@@ -45,17 +79,107 @@ class RunStore:
 
     def append(self, record: Record) -> None:
         """Write one line and fsync. Raises DataError if the disk refuses; lines before it stay whole."""
-        data = (record.to_json() + "\n").encode()
+        self._write(self._fd, record.to_json(), self.path)
+
+    def started(self, key: Key) -> None:
+        """Note, before it begins, that a job goes to a worker. Raises DataError as ``append`` does."""
+        self._write(self._started_fd, json.dumps({"started": key}), self.folder / STARTED)
+
+    def withdrawn(self, key: Key) -> None:
+        """Note that a started job was ended by the user and is not to blame. Raises DataError as ``append`` does."""
+        self._write(self._started_fd, json.dumps({"withdrawn": key}), self.folder / STARTED)
+
+    def _write(self, fd: int, line: str, path: Path) -> None:
+        data = (line + "\n").encode()
         with self._lock:
+            if self._broken:
+                raise DataError(f"{path}: an earlier write failed; the records before it are kept")
+            before = os.fstat(fd).st_size
             try:
                 while data:
-                    data = data[os.write(self._fd, data) :]
-                os.fsync(self._fd)
+                    data = data[os.write(fd, data) :]
+                os.fsync(fd)
             except OSError as error:
-                raise DataError(f"{self.path}: {error.strerror}; the records before it are kept") from None
+                # Another thread must not append to half a line.
+                self._broken = True
+                with contextlib.suppress(OSError):
+                    os.ftruncate(fd, before)
+                raise DataError(f"{path}: {error.strerror}; the records before it are kept") from None
 
     def close(self) -> None:
+        os.close(self._started_fd)
         os.close(self._fd)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def cut_torn_line(fd: int) -> int:
+    """Cut a file back to its last newline: what follows is a write that a SIGKILL or a power failure ended.
+
+    A line without its newline is cut too, even if it could be parsed: nobody was told that it is stored.
+
+    Returns:
+        how many bytes were cut.
+    """
+    size = os.fstat(fd).st_size
+    end = size
+    while end > 0:
+        step = min(end, 1 << 16)
+        chunk = os.pread(fd, step, end - step)
+        newline = chunk.rfind(b"\n")
+        if newline >= 0:
+            end = end - step + newline + 1
+            break
+        end -= step
+    if end < size:
+        os.ftruncate(fd, end)
+        os.fsync(fd)
+    return size - end
+
+
+def start_counts(folder: Path) -> Counter[Key]:
+    """How often each job was begun in this run without being withdrawn; a job with a record counts too.
+
+    Raises:
+        DataError: a line of ``started.jsonl`` is neither (file, line and rule named).
+    """
+    path = folder / STARTED
+    counts: Counter[Key] = Counter()
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            ((word, parts),) = json.loads(line).items()
+            kind, case, backend, variant = (str(part) for part in parts)
+            counts[(kind, case, backend, variant)] += {"started": 1, "withdrawn": -1}[word]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise DataError(f"{path}:{number}: not {{started: [kind, case, backend, variant]}}") from None
+    return counts
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What ``run.json`` of a run's folder says.
+
+    Raises:
+        DataError: none there, or not a JSON object.
+    """
+    path = folder / RUN_FILE
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not JSON ({error.msg})") from None
+    if not isinstance(body, dict):
+        raise DataError(f"{path}: must be a JSON object")
+    return body
 
 
 def read_records(path: Path) -> list[Record]:
@@ -65,7 +189,11 @@ def read_records(path: Path) -> list[Record]:
         DataError: nothing there, or a line that is no record (file, line and rule named), or an id seen twice.
     """
     if path.is_dir():
-        files = [path / RECORDS] if (path / RECORDS).is_file() else sorted(path.rglob("*.jsonl"))
+        files = (
+            [path / RECORDS]
+            if (path / RECORDS).is_file()
+            else [p for p in sorted(path.rglob("*.jsonl")) if p.name != STARTED]
+        )
     elif path.is_file():
         files = [path]
     else:
@@ -79,7 +207,12 @@ def read_records(path: Path) -> list[Record]:
         for number, line in enumerate(text.splitlines(), start=1):
             if not line.strip():
                 continue
-            record = Record.from_json(line, f"{file}:{number}")
+            try:
+                record = Record.from_json(line, f"{file}:{number}")
+            except DataError as error:
+                if text.endswith("\n") or number < text.count("\n") + 1:
+                    raise
+                raise DataError(f"{error}; the run was cut off here: vbench run --resume {file.parent}") from None
             if record.id in records:
                 raise DataError(f"{file}:{number}: id {record.id} occurs twice; a job leaves one record a run")
             records[record.id] = record

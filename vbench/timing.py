@@ -1,15 +1,19 @@
-"""Timing: CUDA-graph replay over rotated buffers, and wall clock. Raw samples in time order; nothing is discarded.
+"""Timing: CUDA-graph replay over rotated buffers, launches after an L2 flush, and wall clock.
 
+Raw samples in time order; nothing is discarded. Between blocks of samples the GPU's state is read.
 The clock functions are bound at import, before any plug-in is loaded, so that a plug-in cannot replace them.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-from vbench.record import Measurement
+from vbench.monitor import Monitor, NoMonitor
+from vbench.record import DeviceState, Measurement
 
 #: Distinct buffers must exceed the L2 cache by this factor, so that no launch finds its operands there.
 ROTATION_OVER_L2 = 4
@@ -20,6 +24,21 @@ GRAPH_SAMPLES = 40
 GRAPH_LIMIT_S = 1.5
 WALL_SAMPLES = 15
 WALL_LIMIT_S = 4.0
+COLD_SAMPLES = 20
+COLD_LIMIT_S = 1.5
+EMPTY_SAMPLES = 5
+#: Samples between two readings of the GPU's state; a reading takes a few milliseconds, in which the GPU idles.
+BLOCK = 10
+#: Bytes written, and then as many others read, before each cold sample, in units of the L2 cache's size.
+FLUSH_OVER_L2 = 2
+#: The GPU is held back after the flush for this long or twice the host's time for a launch, whichever is more.
+HEAD_START_S = 100e-6
+HEAD_START_LIMIT_S = 20e-3
+#: Cycles a second to convert a head start with; more than any boost clock, so that it is never shorter than meant.
+HEAD_START_HZ = 2.2e9
+
+#: CUlimit value of the L2 cache's part for persisting accesses (cuda.h).
+_CU_LIMIT_PERSISTING_L2_CACHE_SIZE = 0x06
 
 
 def copies_needed(bytes_per_launch: int, l2_bytes: int, free_bytes: int) -> int:
@@ -29,21 +48,74 @@ def copies_needed(bytes_per_launch: int, l2_bytes: int, free_bytes: int) -> int:
     return max(1, min(wanted, affordable, MAX_COPIES))
 
 
-def sm_clock_hz() -> float | None:
-    """SM clock now, where NVML can be asked."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        return float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)) * 1e6
-    except pynvml.NVMLError:
-        return None
+def flush_bytes(l2_bytes: int) -> int:
+    """Bytes to write, and to read, in order to empty an L2 cache of this size: a multiple of 4, at least 2 x L2."""
+    return -(-FLUSH_OVER_L2 * l2_bytes // 4) * 4
 
 
-def time_graph(launches: Sequence[Callable[[], Any]], rotated_bytes: int) -> Measurement:
+def head_start_cycles(host_launch_s: float) -> int:
+    """GPU cycles to wait for, so that the host has queued the launch before the GPU reaches it."""
+    return int(min(max(HEAD_START_S, 2 * host_launch_s), HEAD_START_LIMIT_S) * HEAD_START_HZ)
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What ``take_blocks`` took."""
+
+    samples_s: tuple[float, ...]
+    states: tuple[DeviceState, ...]
+    states_absent: str
+    stopped: str
+
+    @property
+    def clock_hz(self) -> tuple[float, ...]:
+        return tuple(s.sm_clock_hz for s in self.states if s.sm_clock_hz is not None)
+
+
+def take_blocks(
+    sample: Callable[[], float],
+    monitor: Monitor | NoMonitor,
+    *,
+    count: int,
+    least: int,
+    limit_s: float,
+    warm: Callable[[], object] | None = None,
+    clock: Callable[[], float] = perf_counter,
+) -> Samples:
+    """Take samples in blocks of BLOCK and read the GPU's state before the first block and after each.
+
+    Args:
+        sample: one sample in seconds.
+        count, least, limit_s: at most ``count``; no more once ``limit_s`` of sampling has passed and there are
+            ``least``. Reading the state does not count as sampling.
+        warm: run once, untimed, after each reading that is followed by a block, since the GPU idled meanwhile.
+    """
+    samples: list[float] = []
+    states: list[DeviceState] = []
+
+    def observe() -> None:
+        if isinstance(monitor, Monitor):
+            states.append(monitor.read(len(samples)))
+
+    observe()
+    spent = 0.0
+    stopped = "count"
+    while len(samples) < count and stopped == "count":
+        if warm is not None:
+            warm()
+        began = clock()
+        for _ in range(min(BLOCK, count - len(samples))):
+            samples.append(sample())
+            if spent + clock() - began > limit_s and least <= len(samples) < count:
+                stopped = "time"
+                break
+        spent += clock() - began
+        observe()
+    absent = monitor.reason if isinstance(monitor, NoMonitor) else ""
+    return Samples(tuple(samples), tuple(states), absent, stopped)
+
+
+def time_graph(launches: Sequence[Callable[[], Any]], rotated_bytes: int, monitor: Monitor | NoMonitor) -> Measurement:
     """Seconds per launch by replaying a CUDA graph that runs every launch in turn, repeated up to MIN_REPLAY_S."""
     import torch
 
@@ -71,44 +143,170 @@ def time_graph(launches: Sequence[Callable[[], Any]], rotated_bytes: int) -> Mea
     for _ in range(3):
         graph.replay()
     torch.cuda.synchronize()
-    clocks = [sm_clock_hz()]
-    samples: list[float] = []
-    stopped = "count"
-    began = perf_counter()
-    while len(samples) < GRAPH_SAMPLES:
+
+    def sample() -> float:
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
-        samples.append(start.elapsed_time(end) * 1e-3 / count)
-        if perf_counter() - began > GRAPH_LIMIT_S and len(samples) >= 5:
-            stopped = "time"
-            break
-    clocks.append(sm_clock_hz())
+        return float(start.elapsed_time(end)) * 1e-3 / count
+
+    taken = take_blocks(
+        sample, monitor, count=GRAPH_SAMPLES, least=5, limit_s=GRAPH_LIMIT_S, warm=lambda: graph.replay()
+    )
     return Measurement(
         quantity="graph",
-        samples_s=tuple(samples),
+        samples_s=taken.samples_s,
         launches_per_sample=count,
         rotated_bytes=rotated_bytes,
-        clock_hz=tuple(c for c in clocks if c is not None),
-        stopped=stopped,
+        clock_hz=taken.clock_hz,
+        stopped=taken.stopped,
+        states=taken.states,
+        states_absent=taken.states_absent,
     )
 
 
-def time_wall(launch: Callable[[], Any], synchronize: Callable[[], None]) -> Measurement:
+def time_wall(launch: Callable[[], Any], synchronize: Callable[[], None], monitor: Monitor | NoMonitor) -> Measurement:
     """Seconds from before the launch to after synchronising, one launch a sample, two warm-ups."""
     for _ in range(2):
         launch()
     synchronize()
-    samples: list[float] = []
-    stopped = "count"
-    began = perf_counter()
-    while len(samples) < WALL_SAMPLES:
+
+    def sample() -> float:
         before = perf_counter()
         launch()
         synchronize()
-        samples.append(perf_counter() - before)
-        if perf_counter() - began > WALL_LIMIT_S and len(samples) >= 3:
-            stopped = "time"
-            break
-    return Measurement(quantity="wall", samples_s=tuple(samples), stopped=stopped)
+        return perf_counter() - before
+
+    taken = take_blocks(sample, monitor, count=WALL_SAMPLES, least=3, limit_s=WALL_LIMIT_S)
+    return Measurement(
+        quantity="wall",
+        samples_s=taken.samples_s,
+        clock_hz=taken.clock_hz,
+        stopped=taken.stopped,
+        states=taken.states,
+        states_absent=taken.states_absent,
+    )
+
+
+class ColdClock:
+    """The order of one cold sample: reset, flush, hold back, event, launch, event. Everything it does is passed in.
+
+    Args:
+        reset: frees the part of L2 that persisting accesses hold.
+        flush: writes FLUSH_OVER_L2 times the L2 cache and then reads as much of another buffer, so that what the
+            cache holds is neither the launch's operands nor lines still to be written back at the launch's cost.
+        hold: makes the GPU wait, so that the launch is queued before the start event is reached.
+        start, end: record an event each.
+        reached: whether the GPU has passed the start event already.
+        elapsed_s: seconds between the two events, after waiting for the second.
+    """
+
+    def __init__(
+        self,
+        *,
+        reset: Callable[[], object],
+        flush: Callable[[], object],
+        hold: Callable[[], object],
+        start: Callable[[], object],
+        end: Callable[[], object],
+        reached: Callable[[], bool],
+        elapsed_s: Callable[[], float],
+    ) -> None:
+        self._before = (reset, flush, hold, start)
+        self._end = end
+        self._reached = reached
+        self._elapsed_s = elapsed_s
+        self.late = 0
+
+    def sample(self, launch: Callable[[], object]) -> float:
+        """Seconds of one launch that finds nothing of its own in L2."""
+        for step in self._before:
+            step()
+        launch()
+        self._end()
+        # Asked before anything waits: the host was late if the GPU is there already.
+        self.late += bool(self._reached())
+        return self._elapsed_s()
+
+
+def persisting_l2_reset(driver: Any) -> str:
+    """Give back the part of L2 set aside for persisting accesses, by the CUDA driver: torch exposes neither call.
+
+    Args:
+        driver: the loaded ``libcuda``, or ``None``. The calling thread's current context is meant.
+
+    Returns:
+        ``reset``, or why not: ``no_driver``, ``cuCtxSetLimit_N`` or ``cuCtxResetPersistingL2Cache_N`` with the
+        CUresult N (215: the device has no such limit).
+    """
+    if driver is None:
+        return "no_driver"
+    code = driver.cuCtxSetLimit(ctypes.c_int(_CU_LIMIT_PERSISTING_L2_CACHE_SIZE), ctypes.c_size_t(0))
+    if code:
+        return f"cuCtxSetLimit_{code}"
+    code = driver.cuCtxResetPersistingL2Cache()
+    return f"cuCtxResetPersistingL2Cache_{code}" if code else "reset"
+
+
+def load_driver() -> Any:
+    """The CUDA driver's library, or ``None`` where there is none."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+
+
+def time_cold(launch: Callable[[], Any], l2_bytes: int, monitor: Monitor | NoMonitor) -> Measurement:
+    """Seconds per launch with its operands out of L2, by an event pair after a flush.
+
+    Raises:
+        torch.OutOfMemoryError: no room for the two flush buffers of ``flush_bytes(l2_bytes)``.
+    """
+    import torch
+
+    size = flush_bytes(l2_bytes)
+    dirty = torch.empty(size // 4, dtype=torch.int32, device="cuda")
+    clean = torch.zeros(size // 4, dtype=torch.int32, device="cuda")
+    start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    driver = load_driver()
+    launch()
+    torch.cuda.synchronize()
+    before = perf_counter()
+    launch()
+    cycles = head_start_cycles(perf_counter() - before)
+    torch.cuda.synchronize()
+
+    def flush() -> None:
+        dirty.fill_(1)
+        clean.sum()
+
+    def elapsed_s() -> float:
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e-3
+
+    clock = ColdClock(
+        reset=lambda: persisting_l2_reset(driver),
+        flush=flush,
+        hold=lambda: torch.cuda._sleep(cycles),  # type: ignore[no-untyped-call]
+        start=lambda: start.record(),
+        end=lambda: end.record(),
+        reached=lambda: bool(start.query()),
+        elapsed_s=elapsed_s,
+    )
+    empty = tuple(clock.sample(lambda: None) for _ in range(EMPTY_SAMPLES))
+    clock.late = 0
+    taken = take_blocks(lambda: clock.sample(launch), monitor, count=COLD_SAMPLES, least=5, limit_s=COLD_LIMIT_S)
+    return Measurement(
+        quantity="cold",
+        samples_s=taken.samples_s,
+        clock_hz=taken.clock_hz,
+        stopped=taken.stopped,
+        states=taken.states,
+        states_absent=taken.states_absent,
+        flushed_bytes=size,
+        persisting_l2=persisting_l2_reset(driver),
+        empty_s=empty,
+        late_samples=clock.late,
+    )

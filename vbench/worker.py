@@ -15,12 +15,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vbench import check, environment, registry, sources, timing
 from vbench.backend import Device, Kernel
 from vbench.errors import CaseError, Unsupported
+from vbench.monitor import Monitor, NoMonitor, open_monitor, peak_while
 from vbench.plan import BATTERY
 from vbench.record import Measurement, Outcome
 from vbench.roofline import floor_s
@@ -44,7 +45,11 @@ class Result:
     measurements: tuple[dict[str, Any], ...] = ()
     metrics: Mapping[str, float] | None = None
     prepare_s: float | None = None
+    first_launch_s: float | None = None
+    steady_launch_s: float | None = None
     peak_bytes: int | None = None
+    peak_device_bytes: int | None = None
+    absent: dict[str, str] = field(default_factory=dict)
     numerics: Mapping[str, Any] | None = None
     sources: str = ""
     environment: Mapping[str, Any] | None = None
@@ -63,6 +68,7 @@ class Worker:
             if self.backend is None:
                 raise SystemExit(f"{self.info.problem}: {self.info.detail}")
         self._available: Any = None
+        self._monitor: Monitor | NoMonitor | None = None
 
     # -- set-up of a job ---------------------------------------------------------------------------------------------
 
@@ -146,9 +152,11 @@ class Worker:
         self._synchronize()
         prepare_s = time.perf_counter() - began
         # The first launch compiles what bind did not; its memory and time are not the steady state's.
-        outputs = self._outputs(launch(), out)
+        outputs, first_launch_s = self._launched(launch, out)
         judged = check.judge_outputs(outputs, expected, kernel.produces)
-        result = Result(judged.outcome, judged.reason, judged.detail, prepare_s=prepare_s)
+        result = Result(
+            judged.outcome, judged.reason, judged.detail, prepare_s=prepare_s, first_launch_s=first_launch_s
+        )
         result.error = asdict(judged.error) if judged.error is not None else None
         if op.metrics is not None and judged.outcome not in (Outcome.WRONG_SHAPE, Outcome.WRONG_DTYPE) and not timed:
             result.metrics = resolve(op.metrics)(case, inputs, outputs, expected)
@@ -161,7 +169,7 @@ class Worker:
             first = {name: outputs[name].clone() for name in kernel.produces}
             for t in out.values():
                 check.poison(t)
-            again = self._outputs(launch(), out)
+            again, result.steady_launch_s = self._launched(launch, out)
             second = check.judge_outputs(again, expected, kernel.produces)
             if second.outcome is not Outcome.PASSED:
                 result.outcome, result.reason, result.detail = second.outcome, "second_run", second.detail
@@ -171,7 +179,7 @@ class Worker:
         if timed and (result.outcome is Outcome.PASSED or role != "own"):
             del before
             if self.device == "cuda":
-                result.peak_bytes = self._peak_bytes(launch, out)
+                self._peaks(launch, out, self.monitor(), result)
             self._time(op, case, kernel, inputs, expected, launch, result)
         return result
 
@@ -185,22 +193,36 @@ class Worker:
         launch: Callable[[], Any],
         result: Result,
     ) -> None:
-        measured: Measurement
+        monitor = self.monitor()
+        taken: list[Measurement] = []
         if self.device == "cuda" and getattr(kernel, "graph_safe", True):
-            measured = self._time_rotated(kernel, inputs, expected, result)
+            taken.append(self._time_rotated(kernel, inputs, expected, result))
+            taken += self._time_cold(launch, monitor, result)
         else:
-            measured = timing.time_wall(launch, self._synchronize)
-        result.measurements = (asdict(measured),)
+            taken.append(timing.time_wall(launch, self._synchronize, monitor))
+        result.measurements = tuple(asdict(m) for m in taken)
         if self.device == "cuda":
             import torch
 
             moved = op.bytes(case) if op.bytes else 0
             work = op.flops(case) if op.flops else 0
             floor = floor_s(torch.cuda.get_device_name(0), moved, work)
-            if min(measured.samples_s) < floor:
+            fastest = min(taken, key=lambda m: min(m.samples_s))
+            least_s = min(fastest.samples_s)
+            if least_s < floor:
                 result.outcome, result.reason = Outcome.INVALID, "faster_than_datasheet"
-                result.detail = f"{min(measured.samples_s):.3g} s is below the datasheet's floor of {floor:.3g} s"
+                result.detail = f"{fastest.quantity}: {least_s:.3g} s is below the datasheet's floor of {floor:.3g} s"
                 result.measurements = ()
+
+    def _time_cold(self, launch: Callable[[], Any], monitor: Monitor | NoMonitor, result: Result) -> list[Measurement]:
+        """The cold measurement, or none where the flush buffers do not fit beside the case."""
+        import torch
+
+        try:
+            return [timing.time_cold(launch, torch.cuda.get_device_properties(0).L2_cache_size, monitor)]
+        except torch.OutOfMemoryError:
+            result.absent["cold"] = "no_memory_for_flush"
+            return []
 
     def _time_rotated(
         self, kernel: Kernel, inputs: dict[str, Any], expected: dict[str, Expected], result: Result
@@ -218,7 +240,7 @@ class Worker:
             some = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
             out = check.poisoned(expected, self.device)
             bound.append((some, out, kernel.bind(some, out)))
-        measured = timing.time_graph([b[2] for b in bound], copies * (size + outputs_size))
+        measured = timing.time_graph([b[2] for b in bound], copies * (size + outputs_size), self.monitor())
         pick = int.from_bytes(os.urandom(2), "little") % copies
         _, out, launch = bound[pick]
         written = out if launch() is None else None
@@ -232,9 +254,25 @@ class Worker:
 
     # -- device ------------------------------------------------------------------------------------------------------
 
-    def _outputs(self, returned: Mapping[str, Any] | None, out: dict[str, Any]) -> dict[str, Any]:
+    def _launched(self, launch: Callable[[], Any], out: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        """One launch's outputs, and seconds until the device was idle again."""
         self._synchronize()
-        return out if returned is None else dict(returned)
+        began = time.perf_counter()
+        returned: Mapping[str, Any] | None = launch()
+        self._synchronize()
+        taken_s = time.perf_counter() - began
+        return out if returned is None else dict(returned), taken_s
+
+    def monitor(self) -> Monitor | NoMonitor:
+        """The GPU's monitor, opened once."""
+        if self._monitor is None:
+            uuid = ""
+            if self.device == "cuda":
+                import torch
+
+                uuid = str(getattr(torch.cuda.get_device_properties(0), "uuid", ""))
+            self._monitor = open_monitor(uuid)
+        return self._monitor
 
     def _synchronize(self) -> None:
         if self.device == "cuda":
@@ -242,19 +280,40 @@ class Worker:
 
             torch.cuda.synchronize()
 
-    def _peak_bytes(self, launch: Callable[[], Any], out: Mapping[str, Any]) -> int:
-        """Outputs and scratch memory of one launch, also where the outputs were allocated beforehand."""
+    def _peaks(
+        self, launch: Callable[[], Any], out: Mapping[str, Any], monitor: Monitor | NoMonitor, result: Result
+    ) -> None:
+        """Peak memory of one launch, by torch's allocator and by NVML; one launch each, as polling costs host time.
+
+        ``peak_bytes`` holds outputs and scratch, also where the outputs were allocated beforehand.
+        """
         import torch
+
+        def once() -> None:
+            kept = launch()
+            torch.cuda.synchronize()
+            del kept
 
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         kept = launch()
         torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
+        peak_bytes = torch.cuda.max_memory_allocated() - before
         if kept is None:
-            peak += sum(t.numel() * t.element_size() for t in out.values())
-        return int(peak)
+            peak_bytes += sum(t.numel() * t.element_size() for t in out.values())
+        del kept
+        result.peak_bytes = int(peak_bytes)
+        if isinstance(monitor, NoMonitor):
+            result.absent["peak_device_bytes"] = monitor.reason
+            return
+        # What the allocator caches would be reused unseen.
+        torch.cuda.empty_cache()
+        peak = peak_while(monitor, once)
+        if isinstance(peak, str):
+            result.absent["peak_device_bytes"] = peak
+        else:
+            result.peak_device_bytes = peak
 
     def device_alive(self) -> bool:
         """Whether the device still computes; after an illegal access the context is dead for good."""
