@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vbench import documents
+from vbench.commands import current_sources, ledgers
 from vbench.errors import DataError, UsageError
 from vbench.record import Record
-from vbench.session import current_sources, ledgers
 from vbench.store import read_records, write_records
 
 #: More rows than a person reviews.

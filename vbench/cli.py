@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from vbench.session import resume_run, run_suites
+    from vbench.commands import resume_run, run_suites
 
     if arguments.resume is not None:
         given = [
@@ -169,25 +169,25 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from vbench.session import show_run
+    from vbench.commands import show_run
 
     return show_run(arguments.run, arguments.out, arguments.failed, arguments.case, arguments.format)
 
 
 def _repro(arguments: argparse.Namespace) -> int:
-    from vbench.session import repro_command
+    from vbench.commands import repro_command
 
     return repro_command(arguments.hash, arguments.run, arguments.out, arguments.backend, arguments.json)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from vbench.session import doctor_command
+    from vbench.commands import doctor_command
 
     return doctor_command(arguments.json)
 
 
 def _claims(arguments: argparse.Namespace) -> int:
-    from vbench.session import claims_command
+    from vbench.commands import claims_command
 
     return claims_command(arguments)
 
