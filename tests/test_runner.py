@@ -58,6 +58,17 @@ def test_every_fault_leaves_one_record_and_the_rest_goes_on(tmp_path: Path, monk
     assert exit_code(records, (), strict=False)[0] == 1
 
 
+def test_a_hang_costs_two_deadlines_an_op_not_one_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = plugins.FAULTY.replace(repr(tuple(plugins.FAULTS)), "('hang', 'zeros')")
+    plugins.install(tmp_path, monkeypatch, "faulty", code)
+    cases = [FP4_LINEAR.case(fmt="nvfp4", x="fp32", m=m, n=6, k=32) for m in (1, 2, 3, 4, 5, 0)]
+    records = execute(tmp_path, ["faulty"], Suite("hangs", "six cases, the last refused", checks=tuple(cases)), 1.0)
+    found = [(r.outcome.value, r.reason) for r in records if r.kind == "check" and r.variant == "hang"]
+    assert found == [("TIMEOUT", "deadline")] * 2 + [("TIMEOUT", "hung_before")] * 3 + [("UNSUPPORTED", "zero_size")]
+    others = [r.outcome.value for r in records if r.kind == "check" and r.variant == "zeros"]
+    assert others == ["WRONG_VALUE"] * 5 + ["UNSUPPORTED"]  # another kernel's hangs are not held against it
+
+
 def test_a_stranger_is_planned_checked_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugins.install(tmp_path, monkeypatch, "honest", plugins.HONEST)
     assert registry.backends()["honest"].distribution == "plugin_honest"

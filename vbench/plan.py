@@ -14,7 +14,7 @@ Effort = Literal["quick", "standard", "full"]
 EFFORTS: tuple[Effort, ...] = ("quick", "standard", "full")
 
 #: Seconds a job may take before its worker is killed. The interpreter and the simulator are slow on a shared core.
-DEADLINE_S: Mapping[Kind, float] = {"probe": 120.0, "check": 120.0, "time": 300.0, "battery": 120.0, "arithmetic": 5.0}
+DEADLINE_S: Mapping[Kind, float] = {"probe": 120.0, "check": 60.0, "time": 180.0, "battery": 60.0, "arithmetic": 5.0}
 
 #: Names of the harness's own executors in records; they take no entry point.
 BATTERY = "trivial_kernels"

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from vbench.backend import Device
 from vbench.errors import DataError
 from vbench.plan import ARITHMETIC, BATTERY, DEADLINE_S, Job
 from vbench.record import ErrorStats, Measurement, Outcome, Record
-from vbench.registry import OWN_DISTRIBUTION, BackendInfo
+from vbench.registry import OWN_DISTRIBUTION, BackendInfo, ops
 from vbench.store import Key, RunStore
 
 #: Limit of a worker's start (interpreter, torch, loading the backend), which is no job's own time.
@@ -30,6 +31,9 @@ START_DEADLINE_S = 120.0
 
 #: A job that was in flight when the harness was killed may be begun this often; it may be what killed it.
 MOST_STARTS = 2
+
+#: A kernel that met its deadline on this many cases of an op is not started on the others: each would cost a deadline.
+MOST_HANGS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +177,7 @@ class Run:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _workers: set[WorkerProcess] = field(default_factory=set)
     _probes: dict[str, Record] = field(default_factory=dict)
+    _hangs: Counter[tuple[str, str, str]] = field(default_factory=Counter)
 
     def execute(self) -> list[Record]:
         """Run everything. Checks first, several backends side by side; then timing, alone on the machine.
@@ -183,6 +188,7 @@ class Run:
         """
         self.records = list(self.kept)
         self._probes = {r.backend: r for r in self.kept if r.kind == "probe"}
+        self._hangs = Counter(_kernel(r) for r in self.kept if _hung(r))
         done = {(r.kind, r.case, r.backend, r.variant) for r in self.kept}
         checks: dict[str, list[Job]] = {}
         times: dict[str, list[Job]] = {}
@@ -267,6 +273,8 @@ class Run:
             self.records.append(record)
             if record.kind == "probe":
                 self._probes[record.backend] = record
+            if _hung(record):
+                self._hangs[_kernel(record)] += 1
         self.on_record(record)
 
     def _one(self, worker: WorkerProcess, job: Job) -> Record:
@@ -291,6 +299,9 @@ class Run:
                 f"begun {self.starts[job.key]} times, and each time the run was killed before it ended; not tried again"
             )
             return self._record(job, Outcome.CRASHED, "in_flight_when_killed", detail)
+        if self._hangs[job.backend, job.variant, job.op] >= MOST_HANGS and not _rejected(job):
+            detail = f"not started: {MOST_HANGS} other cases of {job.op} met their deadline in this run"
+            return self._record(job, Outcome.TIMEOUT, "hung_before", detail)
         self._same_machine(worker, job.backend)
         with self._lock:
             self._in_flight.add(job.key)
@@ -349,3 +360,18 @@ def detect_device() -> Device:
     code = "import torch; raise SystemExit(0 if torch.cuda.is_available() else 1)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=300)
     return "cuda" if done.returncode == 0 else "cpu"
+
+
+def _hung(record: Record) -> bool:
+    return record.outcome is Outcome.TIMEOUT and record.reason == "deadline"
+
+
+def _kernel(record: Record) -> tuple[str, str, str]:
+    """Backend, variant and op: what hangs together."""
+    return record.backend, record.variant, record.case.partition("[")[0]
+
+
+def _rejected(job: Job) -> bool:
+    """Whether the op refuses the case, so that nothing would be launched."""
+    op = ops().get(job.op)
+    return op is not None and op.reject(op.parse(job.case)) is not None
