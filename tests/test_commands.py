@@ -21,7 +21,8 @@ from vbench.plan import BATTERY
 from vbench.record import Measurement, Outcome, Record
 from vbench.reference.ops import FP4_LINEAR
 from vbench.registry import BackendInfo
-from vbench.report import last_screen, short
+from vbench.report import last_screen
+from vbench.spec import case_hash
 from vbench.store import write_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +79,7 @@ def test_markdown_and_table_hold_the_same_cells(stored: Path, capsys: pytest.Cap
     lines = [line for line in markdown.splitlines() if line]
     assert all(line.startswith("|") and line.endswith("|") for line in lines)
     assert not any(line.startswith("|") for line in table.splitlines())
-    one = show(capsys, stored, "--format", "markdown", "--case", short(CASE))
+    one = show(capsys, stored, "--format", "markdown", "--case", case_hash(CASE))
     assert one.count("|\n") >= 5 and OTHER not in one
 
 
@@ -110,7 +111,7 @@ def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_repro_exits_by_what_happens_now(
     stored: Path, faulty: None, capsys: pytest.CaptureFixture[str], backend: str, code: int, words: list[str]
 ) -> None:
-    assert main(["repro", short(CASE), "--run", str(stored), "--backend", backend]) == code
+    assert main(["repro", case_hash(CASE), "--run", str(stored), "--backend", backend]) == code
     out = capsys.readouterr().out
     assert all(word in out for word in [CASE, backend, "recorded", *words]), out
 
@@ -125,7 +126,7 @@ def test_repro_runs_again_and_believes_no_record(
         record(backend="faulty", variant="segfault"),
     ]
     write_records(path, lies)
-    assert main(["repro", short(CASE), "--run", str(path), "--json"]) == 1
+    assert main(["repro", case_hash(CASE), "--run", str(path), "--json"]) == 1
     body = json.loads(capsys.readouterr().out)
     assert body["exit"] == 1
     assert [p["recorded"]["outcome"] for p in body["pairs"]] == ["CRASHED", "PASSED"]
@@ -139,8 +140,8 @@ def test_repro_runs_again_and_believes_no_record(
     ("arguments", "words"),
     [
         (["0123456789"], "no checked or timed case with hash '0123456789'"),
-        ([short(CASE), "--backend", "nobody"], "no record of backend 'nobody' for this case (there are: faulty"),
-        ([short(CASE), "--backend", "faulty"], "backend 'faulty' of this run is not installed here"),
+        ([case_hash(CASE), "--backend", "nobody"], "no record of backend 'nobody' for this case (there are: faulty"),
+        ([case_hash(CASE), "--backend", "faulty"], "backend 'faulty' of this run is not installed here"),
     ],
 )
 def test_repro_refuses_what_is_not_there(
@@ -157,13 +158,13 @@ def test_repro_prefers_a_check_and_takes_the_battery() -> None:
         record(kind="time", backend="peer"),
         record(kind="battery", backend=BATTERY),
     ]
-    assert [(r.backend, r.kind) for r in repro.select(records, short(CASE), ())] == [
+    assert [(r.backend, r.kind) for r in repro.select(records, case_hash(CASE), ())] == [
         ("torch", "check"),
         ("peer", "time"),
         (BATTERY, "battery"),
     ]
     with pytest.raises(UsageError):
-        repro.select(records, short(OTHER), ())
+        repro.select(records, case_hash(OTHER), ())
 
 
 def test_the_last_screen_offers_the_repro_of_a_failure() -> None:
@@ -171,7 +172,7 @@ def test_the_last_screen_offers_the_repro_of_a_failure() -> None:
         where: dict[str, Any] = {"where": "w", "elapsed_s": 1.0, "device": "cpu", "verdicts": (), "reasons": ()}
         return last_screen(run_id="r", records=records, code=1, **where).splitlines()[-1]
 
-    assert screen(RECORDS[:2]).endswith(f"vbench repro {short(CASE)} --run r")
+    assert screen(RECORDS[:2]).endswith(f"vbench repro {case_hash(CASE)} --run r")
     assert screen(RECORDS[:1]).endswith("vbench show r")
 
 

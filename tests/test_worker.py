@@ -70,6 +70,20 @@ def test_a_wrong_first_launch_has_no_steady_phase(worker: Worker) -> None:
     assert result.first_launch_s is not None and result.steady_launch_s is None
 
 
+@pytest.mark.parametrize(("role", "kept"), [("own", 0), ("peer", 1)])
+def test_a_kernel_found_wrong_after_timing_has_no_time_if_it_is_ours(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, role: str, kept: int
+) -> None:
+    def timed_and_wrong(*arguments: Any) -> None:
+        result: Result = arguments[-1]
+        result.measurements = ({"quantity": "graph", "samples_s": (1e-6,)},)
+        result.outcome, result.reason = Outcome.WRONG_VALUE, "after_timing"
+
+    monkeypatch.setattr(worker, "_time", timed_and_wrong)
+    result = worker._measure(FP4_DEQUANTIZE, CASE, Kernel("nothing"), timed=True, role=role)
+    assert (result.outcome, len(result.measurements)) == (Outcome.WRONG_VALUE, kept)
+
+
 def test_timing_on_a_cpu_says_that_there_is_no_gpu_to_watch(worker: Worker) -> None:
     result = worker._measure(FP4_DEQUANTIZE, CASE, Kernel("nothing"), timed=True, role="own")
     (measured,) = result.measurements

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vbench import environment, registry, report
+from vbench import environment, registry, report, spec
 from vbench.backend import Device
 from vbench.claims import Claim, Ledger, arithmetic_metrics, load_ledger, stated_digest
 from vbench.errors import DataError, UsageError
@@ -317,7 +317,7 @@ def show_run(run: str, out: Path, failed: bool, case_hash: str | None, fmt: str)
     if failed:
         records = [r for r in records if r.outcome not in EXCUSED]
     if case_hash is not None:
-        records = [r for r in records if report.short(r.case) == case_hash]
+        records = [r for r in records if spec.case_hash(r.case) == case_hash]
         if not records:
             raise UsageError(f"no case with hash {case_hash!r} in this run")
     if fmt == "json":

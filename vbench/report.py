@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vbench.record import EXCUSED, Outcome, Record
-from vbench.spec import Case, Op
+from vbench.spec import case_hash
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -20,29 +20,12 @@ LAST_SCREEN_LINES = 15
 REPEATABLE = ("check", "time", "battery")
 
 
-def short(case_id: str) -> str:
-    """The short hash of a case id, as ``vbench show`` takes it."""
-    op, _, _ = case_id.partition("[")
-    return Case(op, ()).hash if case_id == f"{op}[]" else _hash(case_id)
-
-
-def _hash(case_id: str) -> str:
-    import hashlib
-
-    return hashlib.sha256(case_id.encode()).hexdigest()[:10]
-
-
 def si(value: float, unit: str) -> str:
     """Three significant digits with a prefix: 0.0000312 s -> ``31.2 us``."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "u")):
         if abs(value) >= factor:
             return f"{value / factor:.3g} {prefix}{unit}"
     return f"{value / 1e-9:.3g} n{unit}" if value else f"0 {unit}"
-
-
-def _parse(ops: dict[str, Op], case_id: str) -> Case | None:
-    op = ops.get(case_id.partition("[")[0])
-    return op.parse(case_id) if op is not None else None
 
 
 #: Columns of a frame of no records.
@@ -57,7 +40,7 @@ def frame(records: Iterable[Record]) -> DataFrame:
     rows = []
     for r in records:
         row: dict[str, Any] = {
-            "hash": _hash(r.case),
+            "hash": case_hash(r.case),
             "kind": r.kind,
             "suite": r.suite,
             "backend": r.who,
@@ -147,7 +130,7 @@ def _slowest_against_peer(records: Sequence[Record]) -> str:
     if not pairs:
         return "no timed cell has both one of ours and a peer"
     ratio, case, who, peer_who = min(pairs)
-    return f"{ratio:.2f}x of {peer_who} by {who} on {_hash(case)} ({case})"
+    return f"{ratio:.2f}x of {peer_who} by {who} on {case_hash(case)} ({case})"
 
 
 def last_screen(
@@ -182,18 +165,20 @@ def last_screen(
     if worst is not None and worst.error is not None:
         w = worst.error
         lines.append(
-            f"worst     error/budget {w.worst_over_budget:.3g} in {w.output} by {worst.who} on {_hash(worst.case)}"
+            f"worst     error/budget {w.worst_over_budget:.3g} in {w.output} by {worst.who} on {case_hash(worst.case)}"
         )
     lines.append(f"slowest   {_slowest_against_peer(records)}")
     if found:
         lines.append(f"subjects  {', '.join(f'{n} x {what}' for what, n in found.most_common(4))}")
     for r in failed[:3]:
-        lines.append(f"FAILED    {r.who} {r.outcome.value}({r.reason}) {_hash(r.case)} {r.case}"[:200])
+        lines.append(f"FAILED    {r.who} {r.outcome.value}({r.reason}) {case_hash(r.case)} {r.case}"[:200])
     if len(failed) > 3:
         lines.append(f"          and {len(failed) - 3} more: vbench show {run_id} --failed")
     lines.append(f"not run   {', '.join(f'{n} {reason}' for reason, n in missing.most_common(6)) or 'nothing'}")
     lines.append(f"records   {where}")
-    again = f"vbench repro {_hash(failed[0].case)} --run {run_id}" if failed and failed[0].kind in REPEATABLE else ""
+    again = (
+        f"vbench repro {case_hash(failed[0].case)} --run {run_id}" if failed and failed[0].kind in REPEATABLE else ""
+    )
     lines.append(f"next      {again or f'vbench show {run_id}'}")
     return "\n".join(lines[:LAST_SCREEN_LINES])
 

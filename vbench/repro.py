@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vbench import spec
 from vbench.backend import Device
 from vbench.errors import UsageError
 from vbench.plan import BATTERY, DEADLINE_S, Job
 from vbench.record import EXCUSED, Outcome, Record
 from vbench.registry import BackendInfo
-from vbench.report import REPEATABLE, short
+from vbench.report import REPEATABLE
 from vbench.store import Key
 
 
@@ -34,7 +35,7 @@ def select(records: Sequence[Record], case_hash: str, backends: Sequence[str]) -
     Raises:
         UsageError: no such case, or no record of a named backend for it.
     """
-    case = [r for r in records if short(r.case) == case_hash and r.kind in REPEATABLE]
+    case = [r for r in records if spec.case_hash(r.case) == case_hash and r.kind in REPEATABLE]
     if not case:
         raise UsageError(f"no checked or timed case with hash {case_hash!r} in this run")
     for name in backends:

@@ -102,7 +102,12 @@ class Case:
 
     @property
     def hash(self) -> str:
-        return hashlib.sha256(self.id.encode()).hexdigest()[:10]
+        return case_hash(self.id)
+
+
+def case_hash(case_id: str) -> str:
+    """The short form of a case id, as reports show it and ``vbench repro`` takes it."""
+    return hashlib.sha256(case_id.encode()).hexdigest()[:10]
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,9 +119,8 @@ class Worker:
         other = Case(case.op, case.params, case.seed + 1)
         _, previous = self._expected(op, other, widest, None)
         survivors, excused = check.trivial_survivors(inputs, expected, previous)
-        metrics = {"caught": float(len(check.TRIVIAL_KERNELS) - len(survivors) - len(excused)), "degenerate": 0.0}
-        if excused:
-            metrics["degenerate"] = float(len(excused))
+        caught = len(check.TRIVIAL_KERNELS) - len(survivors) - len(excused)
+        metrics = {"caught": float(caught), "degenerate": float(len(excused))}
         digest = sources.job_digest(op.oracle, op.oracle, op.inputs)
         if survivors:
             detail = f"not caught: {', '.join(survivors)}"
@@ -181,6 +180,9 @@ class Worker:
             if self.device == "cuda":
                 self._peaks(launch, out, self.monitor(), result)
             self._time(op, case, kernel, inputs, expected, launch, result)
+            if role == "own" and result.outcome is not Outcome.PASSED:
+                # Wrong only once it was timed: such a time is none, and a record would refuse it.
+                result.measurements = ()
         return result
 
     def _time(

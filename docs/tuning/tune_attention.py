@@ -257,7 +257,7 @@ def time_cell(d: int, causal: str, length: int, candidates: list[tuple[str, Any]
         graph.replay()
     for _ in range(rounds):
         for name, graph in graphs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch has no types
             start.record()
             graph.replay()
             end.record()

@@ -218,7 +218,7 @@ def graph_seconds(launches: Sequence[Callable[[], Any]], repeats: int) -> float:
     """Median over replays of the mean time of one launch; each replay runs every launch once, in order."""
     import torch
 
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no types
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         launches[0]()
@@ -230,7 +230,7 @@ def graph_seconds(launches: Sequence[Callable[[], Any]], repeats: int) -> float:
             launch()
     for _ in range(3):
         graph.replay()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]  # type: ignore[no-untyped-call]
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]  # type: ignore[no-untyped-call]  # torch has no types
     for start, stop in events:
         start.record()
         graph.replay()
