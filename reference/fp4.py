@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vbench.errors import Unsupported
-from vbench.reference.ops import FORMAT_GROUPS, packed_bytes
+from vbench.reference.ops.fp4 import FORMAT_GROUPS, packed_bytes
 from vbench.reference.sampling import generator, seeded, torch_dtype
 from vbench.spec import Case, Expected, Numerics
 

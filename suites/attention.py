@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import product
 from typing import Literal
 
-from vbench.reference.ops import ATTENTION, ATTENTION_DISTRIBUTIONS, DTYPES
+from vbench.reference.ops.attention import ATTENTION, ATTENTION_DISTRIBUTIONS
+from vbench.reference.ops.types import DTYPES
 from vbench.spec import BenchCase, Case, Generated, Suite
 
 Effort = Literal["quick", "standard", "full"]

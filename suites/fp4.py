@@ -9,7 +9,8 @@ from __future__ import annotations
 from itertools import product
 from typing import Literal
 
-from vbench.reference.ops import DTYPES, FORMATS, FP4_DEQUANTIZE, FP4_LINEAR, FP4_QUANTIZE
+from vbench.reference.ops.fp4 import FORMATS, FP4_DEQUANTIZE, FP4_LINEAR, FP4_QUANTIZE
+from vbench.reference.ops.types import DTYPES
 from vbench.spec import BenchCase, Case, Generated, Suite
 
 Effort = Literal["quick", "standard", "full"]

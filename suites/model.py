@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from vbench.reference.ops import ATTENTION, FP4_LINEAR
+from vbench.reference.ops.attention import ATTENTION
+from vbench.reference.ops.fp4 import FP4_LINEAR
 from vbench.spec import BenchCase, Suite
 from vbench.suites.models import ATTENTIONS, STANDARD_MODELS, LinearShape, distinct_linears
 

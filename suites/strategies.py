@@ -11,18 +11,17 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from vbench.reference.ops import (
-    ATTENTION,
-    ATTENTION_DISTRIBUTIONS,
-    DTYPES,
+from vbench.reference.ops.attention import ATTENTION, ATTENTION_DISTRIBUTIONS
+from vbench.reference.ops.fp4 import (
     FORMAT_GROUPS,
     FORMATS,
     FP4_DEQUANTIZE,
     FP4_LINEAR,
     FP4_QUANTIZE,
-    TIER_STACK,
     WEIGHT_DISTRIBUTIONS,
 )
+from vbench.reference.ops.tiers import TIER_STACK
+from vbench.reference.ops.types import DTYPES
 from vbench.spec import Case, Op
 
 FINITE_DISTRIBUTIONS = tuple(dist for dist in WEIGHT_DISTRIBUTIONS if dist not in ("nan", "inf"))

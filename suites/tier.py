@@ -8,7 +8,7 @@ from __future__ import annotations
 from itertools import product
 from typing import Literal
 
-from vbench.reference.ops import TIER_STACK
+from vbench.reference.ops.tiers import TIER_STACK
 from vbench.spec import BenchCase, Case, Generated, Suite
 
 op = TIER_STACK

@@ -19,7 +19,7 @@ from vbench.cli import main
 from vbench.errors import UsageError
 from vbench.plan import BATTERY
 from vbench.record import Measurement, Outcome, Record
-from vbench.reference.ops import FP4_LINEAR
+from vbench.reference.ops.fp4 import FP4_LINEAR
 from vbench.registry import BackendInfo
 from vbench.report import last_screen
 from vbench.spec import case_hash

@@ -190,7 +190,7 @@ from vbench.kernels.numba_cuda.dialect import SIMULATED  # noqa: E402
 from vbench.kernels.numba_cuda.linear import LinearKernel  # noqa: E402
 from vbench.reference import fp4  # noqa: E402
 from vbench.reference.linear import linear_inputs, linear_oracle  # noqa: E402
-from vbench.reference.ops import FORMAT_GROUPS, FP4_DEQUANTIZE, FP4_LINEAR, FP4_QUANTIZE  # noqa: E402
+from vbench.reference.ops.fp4 import FORMAT_GROUPS, FP4_DEQUANTIZE, FP4_LINEAR, FP4_QUANTIZE  # noqa: E402
 from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics, resolve  # noqa: E402
 
 needs_simulator = pytest.mark.skipif(

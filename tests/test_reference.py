@@ -14,16 +14,10 @@ from hypothesis import strategies as st
 from vbench.errors import CaseError, Unsupported
 from vbench.reference import attention, fp4, linear, tiers
 from vbench.reference.budget import UNIT_ROUNDOFF
-from vbench.reference.ops import (
-    ATTENTION,
-    FORMATS,
-    FP4_LINEAR,
-    FP4_QUANTIZE,
-    OPS,
-    TIER_STACK,
-    attended_pairs,
-    packed_bytes,
-)
+from vbench.reference.ops import OPS
+from vbench.reference.ops.attention import ATTENTION, attended_pairs
+from vbench.reference.ops.fp4 import FORMATS, FP4_LINEAR, FP4_QUANTIZE, packed_bytes
+from vbench.reference.ops.tiers import TIER_STACK
 from vbench.spec import Numerics, Op, resolve
 
 

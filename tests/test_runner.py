@@ -18,7 +18,7 @@ from vbench import registry
 from vbench.judge import exit_code
 from vbench.plan import Job, plan
 from vbench.record import Outcome, Record
-from vbench.reference.ops import FP4_DEQUANTIZE, FP4_LINEAR
+from vbench.reference.ops.fp4 import FP4_DEQUANTIZE, FP4_LINEAR
 from vbench.runner import Run
 from vbench.spec import Suite
 from vbench.store import RunStore, read_records

@@ -20,7 +20,9 @@ from vbench.kernels.as_written.backend import BACKEND as AS_WRITTEN
 from vbench.kernels.peers import sdpa
 from vbench.kernels.peers.torch_native import BACKEND as TORCH_NATIVE
 from vbench.reference.backend import BACKEND as TORCH
-from vbench.reference.ops import ATTENTION, FP4_DEQUANTIZE, FP4_LINEAR, FP4_QUANTIZE, OPS
+from vbench.reference.ops import OPS
+from vbench.reference.ops.attention import ATTENTION
+from vbench.reference.ops.fp4 import FP4_DEQUANTIZE, FP4_LINEAR, FP4_QUANTIZE
 from vbench.spec import Case, Expected, Numerics, Op, resolve
 from vbench.suites import strategies
 from vbench.suites.attention import SUITE as ATTENTION_SUITE

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from vbench.reference.ops import DTYPES, FORMATS, OPS, packed_bytes
+from vbench.reference.ops import OPS
+from vbench.reference.ops.fp4 import FORMATS, packed_bytes
+from vbench.reference.ops.types import DTYPES
 from vbench.spec import Case, Op, Suite, resolve
 from vbench.suites import attention, fp4, model, strategies, tier
 from vbench.suites.models import ATTENTIONS, LINEARS, distinct_linears

@@ -26,7 +26,7 @@ from vbench.kernels.tiers.ledger import Ledger
 from vbench.kernels.tiers.links import CudaLinks, HostLinks
 from vbench.kernels.tiers.marks import Mark, Marks
 from vbench.kernels.tiers.stack import TierStack
-from vbench.reference.ops import TIER_STACK
+from vbench.reference.ops.tiers import TIER_STACK
 from vbench.reference.tiers import DictStack, replay
 from vbench.spec import Case, resolve
 

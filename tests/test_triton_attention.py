@@ -30,7 +30,7 @@ from vbench.kernels.triton.attention import (
     takes_descriptor,
 )
 from vbench.reference.attention import attention_inputs, attention_oracle
-from vbench.reference.ops import ATTENTION
+from vbench.reference.ops.attention import ATTENTION
 from vbench.reference.sampling import torch_dtype
 from vbench.spec import Case, Numerics, ParamValue
 

@@ -14,7 +14,7 @@ from vbench import timing
 from vbench.monitor import NoMonitor
 from vbench.plan import BATTERY
 from vbench.record import Outcome
-from vbench.reference.ops import FP4_DEQUANTIZE
+from vbench.reference.ops.fp4 import FP4_DEQUANTIZE
 from vbench.spec import Numerics, resolve
 from vbench.worker import Result, Worker
 

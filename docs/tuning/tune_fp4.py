@@ -113,7 +113,8 @@ def _compile_one(job: tuple[str, int, int, int, Plan]) -> str:
 
 def check_cases() -> list[str]:
     """Case ids that between them take every format, dtype, activation, regime and ragged size on the GPU."""
-    from vbench.reference import ops
+    from vbench.reference.ops import fp4 as ops
+    from vbench.reference.ops.types import DTYPES
 
     shapes = (
         (1, 200, 384), (3, 64, 4096), (8, 130, 2304), (9, 257, 1152), (16, 1024, 8192), (33, 96, 640), (64, 300, 4096),
@@ -124,7 +125,7 @@ def check_cases() -> list[str]:
     ids: list[str] = []
     turn = 0
     for fmt in ops.FORMATS:
-        for x in ops.DTYPES:
+        for x in DTYPES:
             for step in range(turn % 2, len(shapes), 2):
                 m, n, k = shapes[step]
                 dist, act, bias = extras[(step + turn) % len(extras)]
@@ -142,7 +143,8 @@ def check_one_hot(name: str, plan: Plan | None = None) -> dict[str, Any]:
     """x of unit rows must give decoded columns bitwise, with random codes and, for nvfp4, every positive E4M3 scale."""
     import torch
 
-    from vbench.reference import fp4, ops
+    from vbench.reference import fp4
+    from vbench.reference.ops import fp4 as ops
 
     _, fmt, x_name, m_text = name.split(":")
     m, n, k = int(m_text), 192, 4352
@@ -166,7 +168,7 @@ def check_case(case_id: str, plan: Plan | None = None) -> dict[str, Any]:
     """Run one case natively against its oracle, poisoned output, twice."""
     import torch
 
-    from vbench.reference import ops
+    from vbench.reference.ops import fp4 as ops
     from vbench.spec import resolve
 
     if case_id.startswith("one_hot:"):
@@ -259,7 +261,8 @@ def bench_codecs(report: dict[str, Any]) -> str:
     """Encoders and decoders at 14336 x 4096 bf16, over rotated weights: bytes moved a second, beside a copy's."""
     import torch
 
-    from vbench.reference import fp4, ops
+    from vbench.reference import fp4
+    from vbench.reference.ops import fp4 as ops
 
     n, k = SHAPES[0]
     weights = [torch.randn(n, k, device="cuda").to(torch.bfloat16) for _ in range(3)]
@@ -292,7 +295,7 @@ def bench_codecs(report: dict[str, Any]) -> str:
 
 def gluon_checks() -> list[tuple[str, Plan]]:
     """Cases that take each Gluon tile through ragged sizes, activations and all formats it has."""
-    from vbench.reference import ops
+    from vbench.reference.ops import fp4 as ops
 
     tiles = ((128, 64, 6), (256, 64, 4), (256, 128, 3), (128, 128, 4), (128, 256, 2))
     shapes = ((100, 256, 1024), (65, 136, 264), (300, 640, 4096), (520, 1000, 648))
@@ -323,7 +326,7 @@ def bench(out: Path, formats: tuple[str, ...], ms: tuple[int, ...], seconds: flo
     from vbench.kernels.triton.linear_dequant import OPERAND_ROUNDINGS, bind_dequant
     from vbench.kernels.triton.packing import pack_weight
     from vbench.reference.linear import linear_oracle
-    from vbench.reference.ops import FP4_LINEAR
+    from vbench.reference.ops.fp4 import FP4_LINEAR
     from vbench.spec import Numerics
 
     began = time.monotonic()
