@@ -17,6 +17,7 @@ BACKEND = DeclaredBackend(
         "fp4_linear": "vbench.reference.kernels:make_linear",
         "attention": "vbench.reference.kernels:make_attention",
         "tier_stack": "vbench.reference.kernels:make_tier_stack",
+        "tier_fetch": "vbench.reference.kernels:make_tier_fetch",
     },
     timed=False,
 )

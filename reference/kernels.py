@@ -15,6 +15,7 @@ from torch import Tensor
 from vbench.backend import Device, Kernel, Launch
 from vbench.errors import Unsupported
 from vbench.reference.attention import visible
+from vbench.reference.fetch import fetched
 from vbench.reference.fp4 import decode_float64, dequantize, quantize
 from vbench.reference.linear import activate
 from vbench.reference.sampling import torch_dtype
@@ -136,3 +137,9 @@ def make_tier_stack(case: Case, variant: str, device: Device) -> Kernel:
     """Replay of the trace on dictionaries; capacities are obeyed, nothing moves between real devices."""
     _only_default(variant)
     return OracleKernel(lambda inputs: replay(dict(inputs)), ("values", "found_level", "level_bytes", "hits"))
+
+
+def make_tier_fetch(case: Case, variant: str, device: Device) -> Kernel:
+    """A packed or raw weight in host memory -> weight [n, k] in dtype y on the device."""
+    _only_default(variant)
+    return OracleKernel(lambda inputs: {"weight": fetched(case, dict(inputs))}, ("weight",))

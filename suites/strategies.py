@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from vbench.reference.ops.attention import ATTENTION, ATTENTION_DISTRIBUTIONS
+from vbench.reference.ops.fetch import FETCH_DISTRIBUTIONS, RAW, TIER_FETCH
 from vbench.reference.ops.fp4 import (
     FORMAT_GROUPS,
     FORMATS,
@@ -163,3 +164,27 @@ def _tier(draw: st.DrawFn) -> Case:
 def tier_cases() -> SearchStrategy[Case]:
     """tier_stack: up to 6 keys of up to 48 bytes, 48 steps; capacities from one byte, so items may pass levels by."""
     return _tier()
+
+
+@st.composite
+def _fetch(draw: st.DrawFn) -> Case:
+    bad = draw(st.integers(1, BAD_ONE_IN)) == BAD_ONE_IN
+    fmt = draw(st.sampled_from((RAW, *FORMATS)))
+    group = 1 if fmt == RAW else FORMAT_GROUPS[fmt]
+    block = group if group > 0 else 2
+    values: dict[str, Any] = {
+        "fmt": fmt,
+        "y": draw(st.sampled_from(DTYPES)),
+        # A few weights repeat from draw to draw, and a few may all lie near their mean.
+        "n": draw(st.integers(4, 16)),
+        "k": block * draw(st.integers(max(1, 8 // block), max(2, 64 // block))),
+        "dist": draw(st.sampled_from(FETCH_DISTRIBUTIONS)),
+    }
+    if bad:
+        values |= draw(st.sampled_from(({"n": 0}, {"k": 0}, {"k": values["k"] + 1} if fmt != RAW else {"n": 0})))
+    return TIER_FETCH.case(seed=draw(_seeds), **values)
+
+
+def tier_fetch_cases() -> SearchStrategy[Case]:
+    """tier_fetch: n <= 16, k <= 64 (two blocks of 128 for g128)."""
+    return _fetch()

@@ -29,6 +29,7 @@ STRATEGIES: dict[str, Callable[[], SearchStrategy[Case]]] = {
     "fp4_linear": strategies.fp4_linear_cases,
     "attention": strategies.attention_cases,
     "tier_stack": strategies.tier_cases,
+    "tier_fetch": strategies.tier_fetch_cases,
 }
 
 
@@ -115,7 +116,7 @@ def test_check_cases_cover_formats_epilogues_alignments_and_masked_rows() -> Non
 
 def test_each_op_has_a_case_that_must_be_refused_where_it_can_be() -> None:
     refused = {case.op for suite in SUITES for case in suite.checks if op_of(case).reject(case) is not None}
-    assert refused == {"fp4_quantize", "fp4_dequantize", "fp4_linear", "attention"}
+    assert refused == set(OPS_BY_NAME) - {"tier_stack"}
 
 
 def test_check_cases_are_small_but_for_the_metric_ones() -> None:

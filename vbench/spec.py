@@ -129,11 +129,15 @@ class Numerics:
         operand_roundings: for each extra rounding an operand suffers before the product, the dtype it is rounded to.
             Example: weights decoded to a product that does not fit bf16 and is rounded to it -> ``("bf16",)``.
         probabilities: attention only: dtype the unnormalised softmax weights are rounded to before P@V.
+        stores: for each rounding that a result suffers on its way to the next step of the same op (the sum of a linear
+            layer before bias or activation reads it, the tensors between the layers of a block), the dtype.
+            Example: F.linear in bf16, then gelu -> ``("bf16",)``.
     """
 
     accumulate: str = "fp32"
     operand_roundings: tuple[str, ...] = ()
     probabilities: str = "fp32"
+    stores: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +178,8 @@ class Op:
         metrics: ``module:function(case, inputs, outputs, expected) -> dict[str, float]``: further figures.
         flops: floating-point operations of the mathematics (not of an implementation).
         bytes: the fewest bytes that must cross device memory: each input read once, each output written once.
+        host_bytes: the fewest bytes that must come over the host's link; ``None`` for an op whose inputs lie on the
+            device.
     """
 
     name: str
@@ -186,6 +192,7 @@ class Op:
     metrics: str | None = None
     flops: Callable[[Case], int] | None = None
     bytes: Callable[[Case], int] | None = None
+    host_bytes: Callable[[Case], int] | None = None
 
     def case(self, *, seed: int = 0, **values: ParamValue) -> Case:
         """Build a validated case; parameters left out take their default.

@@ -12,6 +12,7 @@ BACKEND = DeclaredBackend(
         "fp4_quantize": "vbench.kernels.numba_cuda.codec:quantize",
         "fp4_dequantize": "vbench.kernels.numba_cuda.codec:dequantize",
         "fp4_linear": "vbench.kernels.numba_cuda.linear:linear",
+        "tier_fetch": "vbench.kernels.numba_cuda.fetch:fetch",
     },
     probe_function="vbench.kernels.numba_cuda.probe:probe",
     environment={

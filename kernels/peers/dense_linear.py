@@ -35,6 +35,11 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 VARIANT_DTYPES = {"cublas_bf16": "bf16", "cublas_fp16": "fp16", "cublas_fp32": "fp32"}
 
 
+def table_of(fmt: str, device: Any) -> Tensor:
+    """Value of each of the 16 codes of ``fmt``, float32 [16] on ``device``."""
+    return torch.tensor(E2M1 if fmt == "nvfp4" else ABSMAX7, dtype=torch.float32, device=device)
+
+
 def decode(table: Tensor, codes: Tensor, scale: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Weight [n, k] in ``dtype``: table value x scale x global scale in float32, rounded once.
 
@@ -72,7 +77,7 @@ class DenseLinear:
         """See ``vbench.backend.Kernel.bind``."""
         x, bias = inputs["x"], inputs.get("bias")
         codes, scale, global_scale = inputs["codes"], inputs["scale"], inputs["global_scale"]
-        table = torch.tensor(E2M1 if self.fmt == "nvfp4" else ABSMAX7, dtype=torch.float32, device=x.device)
+        table = table_of(self.fmt, x.device)
         activation = ACTIVATIONS.get(self.act)
         if x.device.type == "cuda":
             torch.set_float32_matmul_precision("highest")
@@ -99,13 +104,13 @@ def make(case: Case, variant: str, device: Device) -> Kernel:
     roundings: tuple[str, ...] = () if exact else ("fp32",) if x == "fp32" else ("fp32", x)
     if x != "fp32" and device == "cuda":
         roundings += (x,)  # split-K partial sums
-    if act in ("gelu", "silu"):
-        roundings += (x,)  # F.linear's result is stored before the activation reads it
+    # F.linear's result is stored before the activation reads it; relu of a rounded number needs no second rounding
+    stores = (x,) if act in ("gelu", "silu") else ()
     accumulate = "tensor_core" if device == "cuda" and x != "fp32" else "fp32"
     return DenseLinear(
         case.text("fmt"),
         act,
         getattr(torch, TORCH_DTYPE_NAMES[x]),
         variant == "eager_dequant",
-        Numerics(accumulate, operand_roundings=roundings),
+        Numerics(accumulate, operand_roundings=roundings, stores=stores),
     )

@@ -25,7 +25,8 @@ def packed_bytes(fmt: str, n: int, k: int) -> int:
     return codes + 4 * scales
 
 
-def _reject_weight(case: Case) -> tuple[str, str] | None:
+def reject_weight(case: Case) -> tuple[str, str] | None:
+    """Why no weight [n, k] in format ``fmt`` of distribution ``dist`` exists, or ``None``."""
     n, k, fmt = case.axis("n"), case.axis("k"), case.text("fmt")
     if n == 0 or k == 0:
         return "zero_size", f"n={n}, k={k}: a weight needs at least one element; skip the layer instead"
@@ -42,7 +43,7 @@ def _reject_weight(case: Case) -> tuple[str, str] | None:
 def _reject_linear(case: Case) -> tuple[str, str] | None:
     if case.axis("m") == 0:
         return "zero_size", "m=0: no tokens; skip the call instead"
-    return _reject_weight(case)
+    return reject_weight(case)
 
 
 _FMT = Param("fmt", "choice", "4-bit weight format", FORMATS)
@@ -62,7 +63,7 @@ FP4_QUANTIZE = Op(
     ),
     inputs="vbench.reference.fp4:quantize_inputs",
     oracle="vbench.reference.fp4:quantize_oracle",
-    reject=_reject_weight,
+    reject=reject_weight,
     metrics="vbench.reference.fp4:quantize_metrics",
     bytes=lambda c: (
         c.axis("n") * c.axis("k") * ITEMSIZE[c.text("w")] + packed_bytes(c.text("fmt"), c.axis("n"), c.axis("k"))
@@ -76,7 +77,7 @@ FP4_DEQUANTIZE = Op(
     outputs=(Output("weight", "y", "n, k"),),
     inputs="vbench.reference.fp4:dequantize_inputs",
     oracle="vbench.reference.fp4:dequantize_oracle",
-    reject=_reject_weight,
+    reject=reject_weight,
     bytes=lambda c: (
         c.axis("n") * c.axis("k") * ITEMSIZE[c.text("y")] + packed_bytes(c.text("fmt"), c.axis("n"), c.axis("k"))
     ),
