@@ -18,6 +18,7 @@ BACKEND = DeclaredBackend(
         "attention": "vbench.reference.kernels:make_attention",
         "tier_stack": "vbench.reference.kernels:make_tier_stack",
         "tier_fetch": "vbench.reference.kernels:make_tier_fetch",
+        "decoder_block": "vbench.reference.kernels:make_decoder_block",
     },
     timed=False,
 )

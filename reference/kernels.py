@@ -15,6 +15,7 @@ from torch import Tensor
 from vbench.backend import Device, Kernel, Launch
 from vbench.errors import Unsupported
 from vbench.reference.attention import visible
+from vbench.reference.block import block_float64
 from vbench.reference.fetch import fetched
 from vbench.reference.fp4 import decode_float64, dequantize, quantize
 from vbench.reference.linear import activate
@@ -143,3 +144,9 @@ def make_tier_fetch(case: Case, variant: str, device: Device) -> Kernel:
     """A packed or raw weight in host memory -> weight [n, k] in dtype y on the device."""
     _only_default(variant)
     return OracleKernel(lambda inputs: {"weight": fetched(case, dict(inputs))}, ("weight",))
+
+
+def make_decoder_block(case: Case, variant: str, device: Device) -> Kernel:
+    """The block's tensors -> y [b s, hidden] in dtype x, one rounding at the end."""
+    _only_default(variant)
+    return OracleKernel(lambda inputs: {"y": block_float64(case, dict(inputs))}, ("y",))

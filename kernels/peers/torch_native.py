@@ -34,12 +34,14 @@ BACKEND = DeclaredBackend(
         "attention": "vbench.kernels.peers.sdpa:make",
         "tier_stack": "vbench.kernels.peers.all_resident:make",
         "tier_fetch": "vbench.kernels.peers.copy_decode:make",
+        "decoder_block": "vbench.kernels.peers.block:make",
     },
     variants={
         "fp4_linear": ("cublas_bf16", "cublas_fp16", "cublas_fp32", "eager_dequant"),
         "attention": ("sdpa_math", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient"),
         "tier_stack": ("all_resident",),
         "tier_fetch": ("copy_decode",),
+        "decoder_block": ("cublas", "eager_dequant"),
     },
     probe_function="vbench.kernels.peers.torch_native:probe",
 )
