@@ -86,7 +86,7 @@ def test_codec_laws(fmt: str, seed: int, power: int) -> None:
     again = fp4.quantize(fmt, dq)
     assert torch.equal(fp4.dequantize(fmt, again, torch.float32), dq)  # value idempotence
     negated = fp4.dequantize(fmt, fp4.quantize(fmt, -w), torch.float32)
-    assert torch.equal(negated, -dq)  # sign symmetry
+    assert torch.equal(negated, -dq) == (fmt != "nf4")  # sign symmetry, but for nf4, whose table has none
     scaled = fp4.dequantize(fmt, fp4.quantize(fmt, w * 2.0**power), torch.float32)
     assert torch.equal(scaled, dq * 2.0**power)  # power-of-two equivariance
     order = torch.argsort(w[0, :16])
