@@ -13,12 +13,14 @@ from hypothesis.strategies import SearchStrategy
 
 from vbench.reference.ops.attention import ATTENTION, ATTENTION_DISTRIBUTIONS
 from vbench.reference.ops.fp4 import (
+    ENCODINGS,
     FORMAT_GROUPS,
     FORMATS,
     FP4_DEQUANTIZE,
     FP4_LINEAR,
     FP4_QUANTIZE,
     WEIGHT_DISTRIBUTIONS,
+    decoded_as,
 )
 from vbench.reference.ops.tiers import TIER_STACK
 from vbench.reference.ops.types import DTYPES
@@ -64,8 +66,8 @@ def _keep_answerable(values: dict[str, Any], dtype_parameter: str) -> None:
 @st.composite
 def _weights(draw: st.DrawFn, op: Op, dtype_parameter: str, extra: dict[str, SearchStrategy[Any]]) -> Case:
     """A case of an op on a weight [n, k]: format and k that fit each other, unless the case is a bad one."""
-    fmt = draw(st.sampled_from(FORMATS))
-    group = FORMAT_GROUPS[fmt]
+    fmt = draw(st.sampled_from(ENCODINGS if op is FP4_QUANTIZE else FORMATS))
+    group = FORMAT_GROUPS[decoded_as(fmt)]
     block = group if group > 0 else 2
     values: dict[str, Any] = {
         "fmt": fmt,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from vbench.reference.ops import OPS
-from vbench.reference.ops.fp4 import FORMATS, packed_bytes
+from vbench.reference.ops.fp4 import ENCODINGS, FORMATS, MXFP4_ENCODINGS, packed_bytes
 from vbench.reference.ops.types import DTYPES
 from vbench.spec import Case, Op, Suite, resolve
 from vbench.suites import attention, fp4, model, strategies, tier
@@ -100,7 +100,7 @@ def test_model_quick_is_one_layer() -> None:
 def test_check_cases_cover_formats_epilogues_alignments_and_masked_rows() -> None:
     checks = [case for suite in SUITES for case in suite.checks if op_of(case).reject(case) is None]
     of = {name: [case for case in checks if case.op == name] for name in OPS_BY_NAME}
-    assert {c.text("fmt") for c in of["fp4_quantize"]} == set(FORMATS)
+    assert {c.text("fmt") for c in of["fp4_quantize"]} == set(ENCODINGS)
     assert {(c.text("fmt"), c.text("y")) for c in of["fp4_dequantize"]} >= {(f, y) for f in FORMATS for y in DTYPES}
     epilogues = {(c.text("fmt"), c.text("act"), c.axis("bias")) for c in of["fp4_linear"]}
     assert len(epilogues) == len(FORMATS) * 4 * 2
@@ -120,7 +120,7 @@ def test_each_op_has_a_case_that_must_be_refused_where_it_can_be() -> None:
 
 def test_check_cases_are_small_but_for_the_metric_ones() -> None:
     large = [case for suite in SUITES for case in suite.checks if elements(case) > 70_000]
-    assert len(large) == len(FORMATS) * len(fp4.METRIC_DISTRIBUTIONS) + 2 + 4
+    assert len(large) == len(FORMATS) * len(fp4.METRIC_DISTRIBUTIONS) + len(MXFP4_ENCODINGS) + 2 + 4
     metric_sizes = ("n=512,k=512", "sq=256,sk=256", "item_bytes=4096")
     assert all(any(size in case.id for size in metric_sizes) for case in large)
 
