@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -160,7 +161,7 @@ def test_the_budget_is_a_small_multiple_of_what_honest_rounding_does(family: str
         case = DECODER_BLOCK.case(seed=seed, **values)
         inputs = block.block_inputs(case, "cpu")
         kernel = resolve(TORCH_NATIVE.ops["decoder_block"])(case, "cublas", "cpu")
-        one_store = Numerics(kernel.numerics.accumulate, kernel.numerics.operand_roundings, x, (x,))
+        one_store = replace(kernel.numerics, stores=(x,))
         y = kernel.bind(inputs, {})()["y"]
         assert low <= over_budget(case, y, inputs, one_store) <= 1 / 1.5
         want = block.block_oracle(case, inputs, one_store, None)["y"]

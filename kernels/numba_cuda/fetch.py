@@ -67,13 +67,12 @@ class FetchKernel:
             grid = (min(blocks_of(count, program.threads), fetch_kernels.MAX_BLOCKS), 1)
             return make_launch([Step(program, grid, (host_array(source, held), array(weight, held), count))])
         codes = host_tensor(inputs, "codes", "uint8", (n, k // 2), self.device)
-        shape = fmt.scale_shape(n, k)
-        scale_dtype, scale_held = ("float8_e4m3fn", "uint8") if fmt.e4m3_scale else ("float32", "float32")
-        scale = host_tensor(inputs, "scale", scale_dtype, shape, self.device, align=1 if fmt.e4m3_scale else 4)
+        align = 4 if fmt.scale_held == "float32" else 1
+        scale = host_tensor(inputs, "scale", fmt.scale_torch, fmt.scale_shape(n, k), self.device, align)
         global_scale = host_tensor(inputs, "global_scale", "float32", (1,), self.device, align=4)
         arguments = (
             host_array(codes, "uint8"),
-            host_array(scale, scale_held),
+            host_array(scale, fmt.scale_held),
             host_array(global_scale, "float32"),
             array(weight, PAIR_HELD_AS[self.dtype]),
             k,

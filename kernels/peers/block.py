@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from vbench.backend import Device, Kernel, Launch
 from vbench.errors import Unsupported
-from vbench.kernels.peers.dense_linear import decode, table_of
+from vbench.kernels.peers.dense_linear import TABLES, decoder
 from vbench.spec import Case, Numerics
 
 VARIANTS = ("cublas", "eager_dequant")
@@ -50,17 +50,17 @@ class TorchBlock:
         fmt, x = case.text("fmt"), inputs["x"]
         if x.device.type == "cuda":
             torch.set_float32_matmul_precision("highest")
-        table = None if fmt == "dense" else table_of(fmt, x.device)
+        decode = None if fmt == "dense" else decoder(fmt, x.device)
 
         def weight_of(name: str) -> Tensor:
-            if table is None:
+            if decode is None:
                 dense: Tensor = inputs[f"{name}.weight"]
                 return dense
             codes, scale, global_scale = (inputs[f"{name}.{field}"] for field in ("codes", "scale", "global_scale"))
-            return decode(table, codes, scale, global_scale, x.dtype)
+            return decode(codes, scale, global_scale, x.dtype)
 
         stems = {
-            name.rsplit(".", 1)[0] for name in inputs if name.endswith(".codes" if table is not None else ".weight")
+            name.rsplit(".", 1)[0] for name in inputs if name.endswith(".codes" if decode is not None else ".weight")
         }
         once = {} if self.each_launch else {name: weight_of(name) for name in stems if not name.startswith("norm")}
 
@@ -100,14 +100,16 @@ def make(case: Case, variant: str, device: Device) -> Kernel:
     """Factory for op ``decoder_block``.
 
     Raises:
-        Unsupported: ``unknown_variant``; ``nothing_to_decode``: eager_dequant of dense weights.
+        Unsupported: ``unknown_variant``; ``unknown_format``; ``nothing_to_decode``: eager_dequant of dense weights.
     """
     if variant not in VARIANTS:
         raise Unsupported("unknown_variant", f"{variant!r} is not one of {', '.join(VARIANTS)}")
     fmt, x = case.text("fmt"), case.text("x")
+    if fmt != "dense" and fmt not in TABLES:
+        raise Unsupported("unknown_format", f"fmt={fmt} is not one of {', '.join(TABLES)}")
     if fmt == "dense" and variant == "eager_dequant":
         raise Unsupported("nothing_to_decode", "dense weights have nothing to decode; take variant cublas")
-    roundings: tuple[str, ...] = () if fmt == "dense" else ("fp32",) if x == "fp32" else ("fp32", x)
+    roundings: tuple[str, ...] = () if fmt in ("dense", "mxfp4") else ("fp32",) if x == "fp32" else ("fp32", x)
     if x != "fp32" and device == "cuda":
         roundings += (x,)  # split-K partial sums, see dense_linear.py
     accumulate = "tensor_core" if device == "cuda" and x != "fp32" else "fp32"

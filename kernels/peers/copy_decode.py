@@ -10,7 +10,7 @@ import torch
 
 from vbench.backend import Device, Launch
 from vbench.errors import Unsupported
-from vbench.kernels.peers.dense_linear import decode, table_of
+from vbench.kernels.peers.dense_linear import TABLES, decoder
 from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics
 
 VARIANT = "copy_decode"
@@ -22,10 +22,12 @@ def make(case: Case, variant: str, device: Device) -> CopyDecode:
     """Factory for op ``tier_fetch``, variant ``copy_decode``.
 
     Raises:
-        Unsupported: ``unknown_variant``.
+        Unsupported: ``unknown_variant``; ``unknown_format``.
     """
     if variant != VARIANT:
         raise Unsupported("unknown_variant", f"tier_fetch has the variant {VARIANT!r} here, not {variant!r}")
+    if case.text("fmt") not in ("raw", *TABLES):
+        raise Unsupported("unknown_format", f"fmt={case.text('fmt')} is not one of raw, {', '.join(TABLES)}")
     return CopyDecode(case.text("fmt"), getattr(torch, TORCH_DTYPE_NAMES[case.text("y")]))
 
 
@@ -49,12 +51,12 @@ class CopyDecode:
                 target.copy_(inputs["weight"], non_blocking=True)
 
             return copy
-        table = table_of(self.fmt, target.device)
+        decode = decoder(self.fmt, target.device)
 
         def launch() -> None:
             codes, scale, global_scale = (
                 inputs[name].to(target.device, non_blocking=True) for name in ("codes", "scale", "global_scale")
             )
-            target.copy_(decode(table, codes, scale, global_scale, self.dtype))
+            target.copy_(decode(codes, scale, global_scale, self.dtype))
 
         return launch

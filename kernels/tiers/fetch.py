@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vbench.backend import Device, Launch
 from vbench.errors import Unsupported
-from vbench.kernels.tiers.decode import FORMATS, Decoder
+from vbench.kernels.tiers.decode import TABLES, Decoder
 from vbench.kernels.tiers.links import CudaLinks, HostLinks, Links
 from vbench.spec import Case, Numerics
 
@@ -32,8 +32,8 @@ def make(case: Case, variant: str, device: Device) -> FetchKernel:
     if variant:
         raise Unsupported("unknown_variant", f"tier_fetch has no variant {variant!r}; leave it out")
     fmt = case.text("fmt")
-    if fmt != "raw" and fmt not in FORMATS:
-        raise Unsupported("format", f"fmt={fmt}: this engine decodes {', '.join(FORMATS)}")
+    if fmt != "raw" and fmt not in TABLES:
+        raise Unsupported("format", f"fmt={fmt}: this engine decodes {', '.join(TABLES)}")
     return FetchKernel(fmt)
 
 

@@ -17,6 +17,7 @@ from vbench.backend import Device, Kernel, Launch
 from vbench.errors import Unsupported
 from vbench.kernels.triton import attention, linear
 from vbench.kernels.triton.block_kernels import add_kernel, add_norm_kernel, gate_kernel, rotate_kernel
+from vbench.kernels.triton.packing import GROUPS
 from vbench.kernels.triton.probe import INTERPRETED, check_device
 from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics, ParamValue
 
@@ -232,14 +233,16 @@ def make(case: Case, variant: str, device: Device) -> BlockKernel:
     """Factory of decoder_block.
 
     Raises:
-        Unsupported: ``unknown_variant``; ``dense_weights``; ``too_wide``; what the factories of the linear layers and
-            of the attention refuse; and ``probe.check_device``'s.
+        Unsupported: ``unknown_variant``; ``dense_weights``; ``format``; ``too_wide``; what the factories of the linear
+            layers and of the attention refuse; and ``probe.check_device``'s.
     """
     if variant:
         raise Unsupported("unknown_variant", f"decoder_block has no variant {variant!r}; leave it out")
     check_device(device)
     if case.text("fmt") == "dense":
         raise Unsupported("dense_weights", "these kernels multiply 4-bit weights; take torch_native for dense ones")
+    if case.text("fmt") not in GROUPS:
+        raise Unsupported("format", f"fmt={case.text('fmt')}: these kernels know {', '.join(GROUPS)}")
     if case.axis("hidden") > 65536:
         raise Unsupported("too_wide", f"hidden={case.axis('hidden')}: a row of a norm must fit one program's registers")
     return BlockKernel(case, device)
