@@ -23,6 +23,7 @@ from vbench.reference.ops.fp4 import (
     WEIGHT_DISTRIBUTIONS,
     decoded_as,
 )
+from vbench.reference.ops.int8 import ACT_QUANTS, INT8_DISTRIBUTIONS, INT8_LINEAR
 from vbench.reference.ops.tiers import TIER_STACK
 from vbench.reference.ops.types import DTYPES
 from vbench.spec import Case, Op
@@ -197,3 +198,25 @@ def _fetch(draw: st.DrawFn) -> Case:
 def tier_fetch_cases() -> SearchStrategy[Case]:
     """tier_fetch: n <= 16, k <= 64 (two blocks of 128 for g128)."""
     return _fetch()
+
+
+@st.composite
+def _int8_linear(draw: st.DrawFn) -> Case:
+    bad = draw(st.integers(1, BAD_ONE_IN)) == BAD_ONE_IN
+    values: dict[str, Any] = {
+        "x": draw(st.sampled_from(DTYPES)),
+        "act_quant": draw(st.sampled_from(tuple(ACT_QUANTS))),
+        "bias": draw(st.integers(0, 1)),
+        "dist": draw(st.sampled_from(INT8_DISTRIBUTIONS)),
+        "m": draw(st.integers(1, 24)),
+        "n": draw(st.integers(MANY, 48)),
+        "k": draw(st.integers(4, 96)),
+    }
+    if bad:
+        values |= draw(st.sampled_from(({"m": 0}, {"n": 0}, {"k": 0})))
+    return INT8_LINEAR.case(seed=draw(_seeds), **values)
+
+
+def int8_linear_cases() -> SearchStrategy[Case]:
+    """int8_linear: m <= 24, n <= 48, k <= 96."""
+    return _int8_linear()

@@ -19,10 +19,10 @@ from vbench.reference.ops.block import layers
 from vbench.reference.ops.fp4 import ENCODINGS, FORMATS, MXFP4_ENCODINGS, packed_bytes
 from vbench.reference.ops.types import DTYPES
 from vbench.spec import Case, Op, Suite, resolve
-from vbench.suites import attention, fp4, model, strategies, tier
+from vbench.suites import attention, fp4, model, rivals, strategies, tier
 from vbench.suites.models import ATTENTIONS, BLOCKS, LINEARS, distinct_linears
 
-SUITES = (fp4.SUITE, attention.SUITE, tier.SUITE, model.SUITE)
+SUITES = (fp4.SUITE, attention.SUITE, tier.SUITE, model.SUITE, rivals.SUITE)
 OPS_BY_NAME = {op.name: op for op in OPS}
 by_suite = pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.name)
 
@@ -34,6 +34,7 @@ STRATEGIES: dict[str, Callable[[], SearchStrategy[Case]]] = {
     "attention_backward": strategies.attention_backward_cases,
     "tier_stack": strategies.tier_cases,
     "tier_fetch": strategies.tier_fetch_cases,
+    "int8_linear": strategies.int8_linear_cases,
 }
 
 
@@ -49,7 +50,11 @@ def elements(case: Case) -> int:
         return case.axis("steps") * case.axis("item_bytes")
     if case.op == "decoder_block":
         return 4 * case.axis("b") * case.axis("s") * case.axis("hidden") * max(case.axis("hidden"), case.axis("inner"))
-    return case.axis("n") * case.axis("k") * (case.axis("m") if case.op == "fp4_linear" else 1)
+    if case.op == "svd":
+        return case.axis("m") * case.axis("n") * min(case.axis("m"), case.axis("n"))
+    if case.op == "elementwise_chain":
+        return case.axis("n") * case.axis("steps")
+    return case.axis("n") * case.axis("k") * (case.axis("m") if case.op.endswith("linear") else 1)
 
 
 def repeated(cases: list[Case]) -> list[str]:
@@ -132,7 +137,7 @@ def test_check_cases_are_small_but_for_the_metric_ones() -> None:
     blocks = [case for case in model.SUITE.checks if case.op == "decoder_block"]
     assert len(blocks) <= 10 and all(elements(case) < 1_000_000 for case in blocks)
     large = [case for suite in SUITES for case in suite.checks if case not in blocks and elements(case) > 70_000]
-    assert len(large) == len(FORMATS) * len(fp4.METRIC_DISTRIBUTIONS) + len(MXFP4_ENCODINGS) + 2 + 4
+    assert len(large) == len(FORMATS) * len(fp4.METRIC_DISTRIBUTIONS) + len(MXFP4_ENCODINGS) + 2 + 4 + 2
     metric_sizes = ("n=512,k=512", "sq=256,sk=256", "item_bytes=4096")
     assert all(any(size in case.id for size in metric_sizes) for case in large)
 

@@ -130,7 +130,8 @@ class Numerics:
 
     Args:
         accumulate: unit of the sums: ``fp64``, ``fp32`` (IEEE, any order), ``tensor_core`` (truncating adder),
-            ``tf32`` (operands rounded to 11 significant bits), ``fp16`` or ``bf16`` (sums rounded to that type).
+            ``tf32`` (operands rounded to 11 significant bits), ``fp16`` or ``bf16`` (sums rounded to that type), or
+            ``int32`` (exact sums of small integers).
         operand_roundings: for each extra rounding an operand suffers before the product, the dtype it is rounded to.
             Example: weights decoded to a product that does not fit bf16 and is rounded to it -> ``("bf16",)``.
         probabilities: attention only: dtype the softmax weights are rounded to before P@V; in the backward also the
@@ -186,6 +187,7 @@ class Op:
         reject: returns (rule, message) for cases that have no meaning for any kernel, else ``None``; no torch.
         metrics: ``module:function(case, inputs, outputs, expected) -> dict[str, float]``: further figures.
         flops: floating-point operations of the mathematics (not of an implementation).
+        operands: narrowest operands an implementation may multiply; names the datasheet's rate for ``flops``.
         bytes: the fewest bytes that must cross device memory: each input read once, each output written once.
         host_bytes: the fewest bytes that must come over the host's link; ``None`` for an op whose inputs lie on the
             device.
@@ -200,6 +202,7 @@ class Op:
     reject: Callable[[Case], tuple[str, str] | None] = field(default=lambda case: None)
     metrics: str | None = None
     flops: Callable[[Case], int] | None = None
+    operands: Literal["16bit", "8bit"] = "16bit"
     bytes: Callable[[Case], int] | None = None
     host_bytes: Callable[[Case], int] | None = None
 

@@ -35,6 +35,9 @@ BACKEND = DeclaredBackend(
         "tier_stack": "vbench.kernels.peers.all_resident:make",
         "tier_fetch": "vbench.kernels.peers.copy_decode:make",
         "decoder_block": "vbench.kernels.peers.block:make",
+        "int8_linear": "vbench.kernels.peers.int8_linear:make",
+        "svd": "vbench.kernels.peers.insight:make_svd",
+        "elementwise_chain": "vbench.kernels.peers.insight:make_chain",
     },
     variants={
         "fp4_linear": ("cublas_bf16", "cublas_fp16", "cublas_fp32", "eager_dequant"),
@@ -42,6 +45,9 @@ BACKEND = DeclaredBackend(
         "tier_stack": ("all_resident",),
         "tier_fetch": ("copy_decode",),
         "decoder_block": ("cublas", "eager_dequant"),
+        "int8_linear": ("int_mm", "eager_dequant"),
+        "svd": ("device", "host"),
+        "elementwise_chain": ("device", "numpy"),
     },
     probe_function="vbench.kernels.peers.torch_native:probe",
 )
