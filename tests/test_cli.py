@@ -14,7 +14,7 @@ from vbench.cli import main, parser
 
 FROZEN = {
     "run": "--suite --backend --op --device --effort --out --seed --resume --strict --json",
-    "list": "--json",
+    "list": "--matrix --device --json",
     "show": "run --failed --case --out --format --json",
     "repro": "hash --run --backend --out --json",
     "doctor": "--json",

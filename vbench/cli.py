@@ -34,6 +34,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--json", action="store_true", help="print a JSON summary instead of the last screen")
 
     ls = commands.add_parser("list", help="ops, backends, suites, claims")
+    ls.add_argument("--matrix", action="store_true", help="what each kernel takes by format and dtype, or its refusal")
+    ls.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the matrix (auto)")
     ls.add_argument("--json", action="store_true", help="print JSON")
 
     show = commands.add_parser("show", help="the records of a run as tables")
@@ -123,6 +125,10 @@ def _list(arguments: argparse.Namespace) -> int:
     from vbench import registry
     from vbench.claims import load_ledger
 
+    if arguments.matrix:
+        from vbench.commands import matrix_command
+
+        return matrix_command(arguments.device, arguments.json)
     problems: list[registry.Problem] = []
     ops, suites, backends = registry.ops(problems), registry.suites(problems), registry.backends()
     ledgers = {name: load_ledger(path) for name, path in registry.ledger_paths(problems).items()}

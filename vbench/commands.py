@@ -60,6 +60,16 @@ def _stated(books: dict[str, Ledger]) -> dict[str, Claim]:
     return {c.id: c for book in books.values() for c in book.claims if c.stated is not None}
 
 
+def _device(asked: str) -> Device:
+    """The device that ``auto``, ``cpu`` or ``cuda`` means here. Raises UsageError for a GPU that is not there."""
+    from vbench.runner import detect_device
+
+    found: Device = "cpu" if asked == "cpu" else detect_device()
+    if asked == "cuda" and found != "cuda":
+        raise UsageError("--device cuda: torch sees no GPU here; use --device cpu, or run on a machine with CUDA")
+    return found
+
+
 def run_suites(
     *,
     suites: Sequence[str],
@@ -73,15 +83,11 @@ def run_suites(
     as_json: bool,
 ) -> int:
     """``vbench run``. Raises UsageError or DataError for bad input."""
-    from vbench.runner import detect_device
-
     known_suites, known_ops, known_backends = registry.suites(), registry.ops(), registry.backends()
     chosen_suites = registry.choose("suite", suites, known_suites)
     chosen_ops = registry.choose("op", ops, known_ops)
     chosen = registry.choose("backend", backends, known_backends)
-    where: Device = "cuda" if device == "cuda" else "cpu" if device == "cpu" else detect_device()
-    if where == "cuda" and device == "cuda" and detect_device() != "cuda":
-        raise UsageError("--device cuda: torch sees no GPU here; use --device cpu, or run on a machine with CUDA")
+    where = _device(device)
     run_id = new_run_id()
     recipe = {
         "run": run_id,
@@ -352,6 +358,22 @@ def show_run(run: str, out: Path, failed: bool, case_hash: str | None, fmt: str)
     parts += [report.timings(records)] if any(r.measurements for r in records) else []
     print("\n\n".join(report.table(part, fmt) for part in parts) or "neither checks, compilations nor timings")
     return 0
+
+
+def matrix_command(device: str, as_json: bool) -> int:
+    """``vbench list --matrix``. Exit code 1 where a cell is neither taken nor refused by a typed rule."""
+    from vbench import survey
+
+    where = _device(device)
+    tables = survey.matrix(registry.ops(), list(registry.suites().values()), list(registry.backends().values()), where)
+    if as_json:
+        print(json.dumps({"device": where, "cells": survey.to_dict(tables)}, indent=1))
+    else:
+        print(survey.to_markdown(tables), end="")
+    holes = [cell for table in tables for cells in table.rows.values() for cell in cells if cell.kind == "hole"]
+    if holes:
+        print(f"vbench: {len(holes)} cells are holes: neither taken nor refused by Unsupported", file=sys.stderr)
+    return 1 if holes else 0
 
 
 def doctor_command(as_json: bool) -> int:
