@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results folder ({DEFAULT_OUT})")
     run.add_argument("--seed", type=int, metavar="N", help="seed of the generated cases (default: 0)")
     run.add_argument("--resume", metavar="RUN", help="finish an unfinished run (run id, folder or latest)")
+    run.add_argument("--dry-run", action="store_true", help="print how much there is to do and end")
     run.add_argument("--strict", action="store_true", help="exit 3 if anything was not decided")
     run.add_argument("--json", action="store_true", help="print a JSON summary instead of the last screen")
 
@@ -105,6 +106,8 @@ def _run(arguments: argparse.Namespace) -> int:
         given = [
             n for n in ("suite", "backend", "op", "device", "effort", "seed") if getattr(arguments, n) not in (None, [])
         ]
+        if arguments.dry_run:
+            given.append("dry-run")
         if given:
             raise UsageError(f"--resume takes the plan of the run: leave out --{', --'.join(given)}")
         return resume_run(arguments.resume, arguments.out, strict=arguments.strict, as_json=arguments.json)
@@ -118,6 +121,7 @@ def _run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed or 0,
         strict=arguments.strict,
         as_json=arguments.json,
+        dry_run=arguments.dry_run,
     )
 
 

@@ -255,6 +255,21 @@ class _Cell:
     values: tuple[float, ...]
 
 
+def may_rest_on(restated: Restated, backend: str, variant: str, case_id: str) -> bool:
+    """Whether a record of this case on this kernel would be read for the claim, on whichever side."""
+    op, params = case_params(case_id)
+    name = f"{backend}[{variant}]" if variant else backend
+    if op != restated.op:
+        return False
+    for who in _sides(restated):
+        wanted: dict[str, tuple[str, ...]] = {"seed": ("0",), **restated.select}
+        if who == restated.over:
+            wanted |= {key: (value,) for key, value in restated.over_select.items()}
+        if who == name and all(params.get(key) in values for key, values in wanted.items()):
+            return True
+    return False
+
+
 class _Pool:
     """The records, indexed by what claims ask for."""
 
