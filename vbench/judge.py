@@ -180,7 +180,7 @@ def exit_code(records: Sequence[Record], verdicts: Sequence[ClaimVerdict], *, st
                 notes.append(f"note: claim {verdict.claim} is {found.word}{here}, not reviewed yet")
     if bad:
         return 1, bad + notes
-    judged = any(r.kind in ("check", "time", "battery") and r.outcome not in _NOT_JUDGED for r in records)
+    judged = any(r.kind in ("check", "time", "battery", "compile") and r.outcome not in _NOT_JUDGED for r in records)
     if not judged and not any(v.decided for v in verdicts):
         return 3, ["nothing was judged: no check passed or failed, no claim was decided", *notes]
     if strict:
@@ -253,6 +253,21 @@ class _Cell:
 
     params: Mapping[str, str]
     values: tuple[float, ...]
+
+
+def may_rest_on(restated: Restated, backend: str, variant: str, case_id: str) -> bool:
+    """Whether a record of this case on this kernel would be read for the claim, on whichever side."""
+    op, params = case_params(case_id)
+    name = f"{backend}[{variant}]" if variant else backend
+    if op != restated.op:
+        return False
+    for who in _sides(restated):
+        wanted: dict[str, tuple[str, ...]] = {"seed": ("0",), **restated.select}
+        if who == restated.over:
+            wanted |= {key: (value,) for key, value in restated.over_select.items()}
+        if who == name and all(params.get(key) in values for key, values in wanted.items()):
+            return True
+    return False
 
 
 class _Pool:
