@@ -15,6 +15,7 @@ from typing import Any
 
 from vbench.backend import Configuration, Cubin, Effort, Unit
 from vbench.kernels.numba_cuda import codec_kernels as codec
+from vbench.kernels.numba_cuda import fetch_kernels as fetch
 from vbench.kernels.numba_cuda import linear_kernels as linear
 from vbench.kernels.numba_cuda.program import Program
 
@@ -177,3 +178,6 @@ def configurations() -> Iterator[Configuration]:
     for arch in ARCHITECTURES:
         yield from _codecs(arch)
         yield from _linears(arch)
+        for held in ("uint16", "uint32"):
+            effort: Effort = "quick" if (arch, held) == (90, "uint32") else "standard"
+            yield configuration("tier_fetch", partial(fetch.copy, held), "copy", arch, {"held": held}, effort=effort)
