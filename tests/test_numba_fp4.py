@@ -33,9 +33,12 @@ SHARED_LIMIT_BYTES = 48 * 1024
 
 def every_program() -> Iterator[tuple[str, Any]]:
     """(kind, program): all there are, about 1300."""
+    from vbench.kernels.numba_cuda import attention_kernels as attention
     from vbench.kernels.numba_cuda import codec_kernels as codec
     from vbench.kernels.numba_cuda import linear_kernels as linear
 
+    for dtype, columns, causal in product(DTYPES, (1, 2, 4, 8, 16), (False, True)):
+        yield "attention", attention.forward(dtype, columns, causal)
     for name in ("absmax7_tensor", "nvfp4"):
         yield "finish_tensor", codec.finish_tensor(name)
     for dtype in DTYPES:
@@ -55,9 +58,12 @@ def every_program() -> Iterator[tuple[str, Any]]:
 
 def sample_programs() -> Iterator[tuple[str, Any]]:
     """(kind, program): every kind, with every format, dtype and activation somewhere, the largest token counts."""
+    from vbench.kernels.numba_cuda import attention_kernels as attention
     from vbench.kernels.numba_cuda import codec_kernels as codec
     from vbench.kernels.numba_cuda import linear_kernels as linear
 
+    yield "attention", attention.forward("fp32", 8, True)
+    yield "attention", attention.forward("fp16", 16, False)
     yield "finish_tensor", codec.finish_tensor("nvfp4")
     yield "absmax_partials", codec.absmax_partials("bf16")
     yield "encode_tensor", codec.encode_tensor("fp16")
@@ -81,11 +87,11 @@ def sample_programs() -> Iterator[tuple[str, Any]]:
 
 
 def core_programs() -> Iterator[tuple[str, Any]]:
-    """(kind, program): one of the codec and the two fast linear kernels, for architectures beside Hopper."""
+    """(kind, program): one of the codec, the two fast linear kernels, attention, for architectures beside Hopper."""
     return (
         (kind, program)
         for kind, program in sample_programs()
-        if program.name.startswith(("encode_group_nvfp4", "gemv_words_nvfp4", "tiled_nvfp4"))
+        if program.name.startswith(("encode_group_nvfp4", "gemv_words_nvfp4", "tiled_nvfp4", "attention_fp32"))
     )
 
 
@@ -165,11 +171,13 @@ def faults(kind: str, counts: dict[str, Any]) -> list[str]:
     if counts["atomics"]:
         out.append("uses atomics")
     codec = kind in ("absmax_partials", "finish_tensor", "encode_tensor", "encode_row", "encode_group", "decode")
+    if kind == "attention" and counts["flushed"]:
+        out.append("flushes subnormals")
     if codec and (counts["div_other"] or counts["flushed"]):
         out.append("divides approximately or flushes subnormals")
     if kind in ("finish_tensor", "encode_tensor", "encode_row", "encode_group") and not counts["div_rn"]:
         out.append("has no correctly rounded division")
-    if kind in ("encode_group", "gemv_words", "gemv_bytes") and not counts["shuffles"]:
+    if kind in ("encode_group", "gemv_words", "gemv_bytes", "attention") and not counts["shuffles"]:
         out.append("has no warp shuffle")
     if kind == "gemv_words" and not counts["wide_loads"]:
         out.append("has no 16-byte load")
@@ -685,10 +693,10 @@ def test_kernels_compile_for_hopper_as_meant_and_the_checks_catch_what_they_shou
     assert wrong == {}
     kinds = {key.split()[0] for key in found["counts"]}
     assert kinds >= {"finish_tensor", "absmax_partials", "encode_tensor", "encode_row", "encode_group", "decode"}
-    assert kinds >= {"gemv_words", "gemv_bytes", "tiled"}
+    assert kinds >= {"gemv_words", "gemv_bytes", "tiled", "attention"}
 
 
 @needs_compiler
 def test_the_core_kernels_compile_for_ampere() -> None:
     found = compile_elsewhere("8.0", "core")
-    assert len(found["counts"]) == 3 and found["faults"] == {}
+    assert len(found["counts"]) == 4 and found["faults"] == {}

@@ -99,14 +99,9 @@ def require_process(device: Device) -> None:
         )
 
 
-def tensor(
-    tensors: Mapping[str, Any], name: str, dtype: str, shape: tuple[int, ...], device: Device, align: int = 1
+def _checked(
+    tensors: Mapping[str, Any], name: str, dtype: str, shape: tuple[int, ...], device: Device, align: int
 ) -> Any:
-    """The tensor ``name`` after checking it: torch dtype name, shape, device, contiguity and alignment in bytes.
-
-    Raises:
-        Unsupported: missing, or any of these differs.
-    """
     t = tensors.get(name)
     if t is None:
         raise Unsupported("missing_tensor", f"{name} is missing")
@@ -116,11 +111,36 @@ def tensor(
         raise Unsupported("wrong_device", f"{name} is on {t.device}, this kernel was made for {device}")
     if tuple(t.shape) != shape:
         raise Unsupported("wrong_shape", f"{name} is {tuple(t.shape)}, the case says {shape}")
-    if not t.is_contiguous():
-        raise Unsupported("not_contiguous", f"{name} must be contiguous; call .contiguous() first")
     if t.data_ptr() % align:
         raise Unsupported("misaligned", f"{name} must start at a multiple of {align} bytes")
     return t
+
+
+def tensor(
+    tensors: Mapping[str, Any], name: str, dtype: str, shape: tuple[int, ...], device: Device, align: int = 1
+) -> Any:
+    """The tensor ``name`` after checking it: torch dtype name, shape, device, contiguity and alignment in bytes.
+
+    Raises:
+        Unsupported: missing, or any of these differs.
+    """
+    t = _checked(tensors, name, dtype, shape, device, align)
+    if not t.is_contiguous():
+        raise Unsupported("not_contiguous", f"{name} must be contiguous; call .contiguous() first")
+    return t
+
+
+def strided(
+    tensors: Mapping[str, Any], name: str, dtype: str, shape: tuple[int, ...], device: Device, align: int, element: str
+) -> tuple[Any, tuple[int, ...]]:
+    """The memory from the first to the last element of tensor ``name`` as an array, and its strides in elements.
+
+    Raises:
+        Unsupported: as ``tensor``, but for contiguity.
+    """
+    t = _checked(tensors, name, dtype, shape, device, align)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(shape, t.stride(), strict=True))
+    return array(t.detach().as_strided((span,), (1,)), element), tuple(t.stride())
 
 
 def array(t: Any, element: str) -> Any:
