@@ -31,7 +31,7 @@ from vbench.spec import Case, Expected, Numerics, Op, resolve
 TIMED_ROWS = 256
 
 #: Declared numerics an own kernel may have: nothing coarser than fp32 sums counts as correct.
-OWN_ACCUMULATE = ("fp32", "fp64", "tensor_core")
+OWN_ACCUMULATE = ("fp32", "fp64", "tensor_core", "int32")
 
 
 @dataclass(slots=True)
@@ -208,7 +208,8 @@ class Worker:
 
             moved = op.bytes(case) if op.bytes else 0
             work = op.flops(case) if op.flops else 0
-            floor = floor_s(torch.cuda.get_device_name(0), moved, work)
+            fetched = op.host_bytes(case) if op.host_bytes else 0
+            floor = floor_s(torch.cuda.get_device_name(0), moved, work, fetched, op.operands)
             fastest = min(taken, key=lambda m: min(m.samples_s))
             least_s = min(fastest.samples_s)
             if least_s < floor:

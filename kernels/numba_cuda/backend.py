@@ -13,6 +13,7 @@ BACKEND = DeclaredBackend(
         "fp4_dequantize": "vbench.kernels.numba_cuda.codec:dequantize",
         "fp4_linear": "vbench.kernels.numba_cuda.linear:linear",
         "attention": "vbench.kernels.numba_cuda.attention:attention",
+        "tier_fetch": "vbench.kernels.numba_cuda.fetch:fetch",
     },
     probe_function="vbench.kernels.numba_cuda.probe:probe",
     environment={

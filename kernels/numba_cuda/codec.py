@@ -15,7 +15,8 @@ from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics
 EXACT = Numerics(accumulate="fp32")
 
 
-def _blocks(items: int, threads: int) -> int:
+def blocks_of(items: int, threads: int) -> int:
+    """Blocks that give each item a thread. Raises Unsupported: ``too_large`` for a grid."""
     blocks = -(-items // threads)
     if blocks > MAX_GRID_X:
         raise Unsupported("too_large", f"{items} work items need more than {MAX_GRID_X} blocks")
@@ -59,18 +60,18 @@ class QuantizeKernel:
         values = array(w, HELD_AS[dtype])
         steps = []
         if fmt.scaling == "tensor" or fmt.scale == "e4m3":
-            blocks = min(_blocks(n * k, programs.THREADS), programs.MAX_PARTIALS)
+            blocks = min(blocks_of(n * k, programs.THREADS), programs.MAX_PARTIALS)
             partials = array(torch.empty(blocks, dtype=torch.float32, device=w.device), "float32")
             steps.append(Step(programs.absmax_partials(dtype), (blocks, 1), (values, partials, n * k)))
             steps.append(Step(programs.finish_tensor(fmt.name), (1, 1), (partials, scale, global_scale, blocks)))
         if fmt.scaling == "tensor":
-            grid = (_blocks(n * k // 2, programs.THREADS), 1)
+            grid = (blocks_of(n * k // 2, programs.THREADS), 1)
             steps.append(Step(programs.encode_tensor(dtype), grid, (values, codes, scale, n * k // 2)))
         elif fmt.scaling == "row":
             steps.append(Step(programs.encode_row(dtype), (n, 1), (values, codes, scale, global_scale, k)))
         else:
             groups = n * k // fmt.group
-            grid = (_blocks(groups * programs.group_lanes(fmt), programs.THREADS), 1)
+            grid = (blocks_of(groups * programs.group_lanes(fmt), programs.THREADS), 1)
             program = programs.encode_group(self.encoding, dtype)
             steps.append(Step(program, grid, (values, codes, scale, global_scale, groups)))
         return make_launch(steps)

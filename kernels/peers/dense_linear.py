@@ -67,6 +67,16 @@ def decode(table: Tensor, codes: Tensor, scale: Tensor, global_scale: Tensor, dt
     return product.reshape(n, 2 * half).to(dtype)
 
 
+def decoder(fmt: str, device: Any) -> Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]:
+    """``decode`` for weights of ``fmt`` on ``device``: (codes, scale, global_scale, dtype) -> weight [n, k]."""
+    table = torch.tensor(TABLES[fmt], dtype=torch.float32, device=device)
+
+    def run(codes: Tensor, scale: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return decode(table, codes, scale.view(torch.float8_e8m0fnu) if fmt == "mxfp4" else scale, global_scale, dtype)
+
+    return run
+
+
 @dataclass(slots=True)
 class DenseLinear:
     """``F.linear`` then the activation.
@@ -87,16 +97,14 @@ class DenseLinear:
         """See ``vbench.backend.Kernel.bind``."""
         x, bias = inputs["x"], inputs.get("bias")
         codes, scale, global_scale = inputs["codes"], inputs["scale"], inputs["global_scale"]
-        if self.fmt == "mxfp4":
-            scale = scale.view(torch.float8_e8m0fnu)
-        table = torch.tensor(TABLES[self.fmt], dtype=torch.float32, device=x.device)
         activation = ACTIVATIONS.get(self.act)
         if x.device.type == "cuda":
             torch.set_float32_matmul_precision("highest")
-        dense = None if self.each_launch else decode(table, codes, scale, global_scale, self.dtype)
+        decoded = decoder(self.fmt, x.device)
+        dense = None if self.each_launch else decoded(codes, scale, global_scale, self.dtype)
 
         def launch() -> Mapping[str, Tensor]:
-            w = decode(table, codes, scale, global_scale, self.dtype) if dense is None else dense
+            w = decoded(codes, scale, global_scale, self.dtype) if dense is None else dense
             y = torch.nn.functional.linear(x, w, bias)
             return {"y": y if activation is None else activation(y)}
 
@@ -119,13 +127,13 @@ def make(case: Case, variant: str, device: Device) -> Kernel:
     roundings: tuple[str, ...] = () if exact else ("fp32",) if x == "fp32" else ("fp32", x)
     if x != "fp32" and device == "cuda":
         roundings += (x,)  # split-K partial sums
-    if act in ("gelu", "silu"):
-        roundings += (x,)  # F.linear's result is stored before the activation reads it
+    # F.linear's result is stored before the activation reads it; relu of a rounded number needs no second rounding
+    stores = (x,) if act in ("gelu", "silu") else ()
     accumulate = "tensor_core" if device == "cuda" and x != "fp32" else "fp32"
     return DenseLinear(
         case.text("fmt"),
         act,
         getattr(torch, TORCH_DTYPE_NAMES[x]),
         variant == "eager_dequant",
-        Numerics(accumulate, operand_roundings=roundings),
+        Numerics(accumulate, operand_roundings=roundings, stores=stores),
     )
