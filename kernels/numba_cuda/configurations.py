@@ -14,15 +14,20 @@ from types import SimpleNamespace
 from typing import Any
 
 from vbench.backend import Configuration, Cubin, Effort, Unit
+from vbench.kernels.numba_cuda import attention_kernels as attention
 from vbench.kernels.numba_cuda import codec_kernels as codec
 from vbench.kernels.numba_cuda import fetch_kernels as fetch
 from vbench.kernels.numba_cuda import linear_kernels as linear
 from vbench.kernels.numba_cuda.program import Program
 
 ARCHITECTURES = (80, 90)
-FORMATS = ("absmax7_tensor", "absmax7_row", "absmax7_g128", "nvfp4")
+FORMATS = ("absmax7_tensor", "absmax7_row", "absmax7_g128", "nvfp4", "mxfp4", "nf4")
+#: What the grouped encoder writes: formats, and mxfp4 by its other scale rules.
+GROUP_ENCODINGS = ("absmax7_g128", "nvfp4", "mxfp4", "nf4", "mxfp4_rceil", "mxfp4_even", "mxfp4_ceil")
 DTYPES = ("bf16", "fp16", "fp32")
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
+#: Columns of the output a thread of the attention kernel keeps: every count its factory chooses.
+COLUMNS = (1, 2, 4, 8, 16)
 
 _NONE, _SOME = (0.0, 0.0), (1.0, math.inf)
 #: Every kernel sums in a fixed order, so none may use atomics.
@@ -105,13 +110,21 @@ _SAMPLE: Mapping[tuple[Any, ...], tuple[int, ...]] = {
     ("encode_row", "fp32"): (90,),
     ("encode_group", "nvfp4", "bf16"): (80, 90),
     ("encode_group", "absmax7_g128", "fp32"): (90,),
+    ("encode_group", "mxfp4_even", "fp32"): (90,),
+    ("encode_group", "nf4", "bf16"): (90,),
     ("decode", "absmax7_tensor", "fp32"): (90,),
     ("decode", "nvfp4", "bf16"): (90,),
+    ("decode", "mxfp4", "fp32"): (90,),
+    ("decode", "nf4", "fp16"): (90,),
     ("gemv_words", "absmax7_row", "fp16", "gelu", 0, 1): (90,),
     ("gemv_words", "nvfp4", "bf16", "silu", 1, 8): (80, 90),
+    ("gemv_words", "nf4", "bf16", "silu", 1, 8): (90,),
     ("gemv_bytes", "absmax7_tensor", "fp32", "silu", 1, 8): (90,),
     ("tiled", "absmax7_g128", "fp32", "none", 0): (90,),
     ("tiled", "nvfp4", "fp16", "silu", 1): (80, 90),
+    ("tiled", "nf4", "fp16", "gelu", 1): (90,),
+    ("attention", "fp32", 8, 1): (80, 90),
+    ("attention", "fp16", 16, 0): (90,),
 }
 
 
@@ -136,7 +149,7 @@ def _codecs(arch: int) -> Iterator[Configuration]:
             build = partial(getattr(codec, kernel), dtype)
             kind = _effort(arch, kernel, dtype)
             yield configuration("fp4_quantize", build, kernel, arch, {"w": dtype}, bounds=bounds, effort=kind)
-        for fmt in ("absmax7_g128", "nvfp4"):
+        for fmt in GROUP_ENCODINGS:
             build = partial(codec.encode_group, fmt, dtype)
             kind = _effort(arch, "encode_group", fmt, dtype)
             shape: dict[str, int | str] = {"fmt": fmt, "w": dtype}
@@ -173,11 +186,26 @@ def _linears(arch: int) -> Iterator[Configuration]:
                 )
 
 
+def _attentions(arch: int) -> Iterator[Configuration]:
+    for dtype, columns, causal in product(DTYPES, COLUMNS, (False, True)):
+        yield configuration(
+            "attention",
+            partial(attention.forward, dtype, columns, causal),
+            "attention",
+            arch,
+            {"dtype": dtype, "columns": columns, "causal": int(causal)},
+            unit="ffma",
+            bounds={**_SHUFFLES, "flushed_operations": _NONE},
+            effort=_effort(arch, "attention", dtype, columns, int(causal)),
+        )
+
+
 def configurations() -> Iterator[Configuration]:
     """Every program there is, about a thousand for each architecture."""
     for arch in ARCHITECTURES:
         yield from _codecs(arch)
         yield from _linears(arch)
+        yield from _attentions(arch)
         for held in ("uint16", "uint32"):
             effort: Effort = "quick" if (arch, held) == (90, "uint32") else "standard"
             yield configuration("tier_fetch", partial(fetch.copy, held), "copy", arch, {"held": held}, effort=effort)
