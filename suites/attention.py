@@ -48,6 +48,11 @@ def _checks() -> tuple[Case, ...]:
             op.case(dtype=dtype, causal="top_left", layout=layout, b=2, hq=2, hk=1, sq=17, sk=19, d=d)
             for dtype, (layout, d) in product(DTYPES, (("bshd", 16), ("padded", 16), ("padded", 20)))
         ),
+        # All of that at once, small enough for a simulator.
+        *(
+            op.case(dtype=dtype, causal=causal, layout="padded", hq=2, hk=1, sq=9, sk=5, d=6)
+            for dtype, causal in zip(DTYPES, ("bottom_right", "top_left", "none"), strict=True)
+        ),
         # What must be refused.
         op.case(hq=3, hk=2, sq=4, sk=4, d=16),
         op.case(hq=1, hk=1, sq=0, sk=4, d=16),

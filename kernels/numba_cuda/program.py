@@ -108,9 +108,23 @@ def tensor(
         Unsupported: missing, or any of these differs.
     """
     t = _shaped(tensors, name, dtype, shape, align)
-    if t.device.type != device:
-        raise Unsupported("wrong_device", f"{name} is on {t.device}, this kernel was made for {device}")
+    _require_device(name, t, device)
+    _require_contiguous(name, t)
     return t
+
+
+def strided(
+    tensors: Mapping[str, Any], name: str, dtype: str, shape: tuple[int, ...], device: Device, align: int, element: str
+) -> tuple[Any, tuple[int, ...]]:
+    """The memory from the first to the last element of tensor ``name`` as an array, and its strides in elements.
+
+    Raises:
+        Unsupported: as ``tensor``, but for contiguity.
+    """
+    t = _shaped(tensors, name, dtype, shape, align)
+    _require_device(name, t, device)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(shape, t.stride(), strict=True))
+    return array(t.detach().as_strided((span,), (1,)), element), tuple(t.stride())
 
 
 def host_tensor(
@@ -126,6 +140,7 @@ def host_tensor(
         raise Unsupported("not_on_host", f"{name} is on {t.device}; this op fetches from host memory")
     if device == "cuda" and not t.is_pinned():
         raise Unsupported("not_pinned", f"{name} is pageable, which a GPU cannot read; call .pin_memory()")
+    _require_contiguous(name, t)
     return t
 
 
@@ -137,11 +152,19 @@ def _shaped(tensors: Mapping[str, Any], name: str, dtype: str, shape: tuple[int,
         raise Unsupported("wrong_dtype", f"{name} is {t.dtype}, this kernel takes torch.{dtype}")
     if tuple(t.shape) != shape:
         raise Unsupported("wrong_shape", f"{name} is {tuple(t.shape)}, the case says {shape}")
-    if not t.is_contiguous():
-        raise Unsupported("not_contiguous", f"{name} must be contiguous; call .contiguous() first")
     if t.data_ptr() % align:
         raise Unsupported("misaligned", f"{name} must start at a multiple of {align} bytes")
     return t
+
+
+def _require_device(name: str, t: Any, device: Device) -> None:
+    if t.device.type != device:
+        raise Unsupported("wrong_device", f"{name} is on {t.device}, this kernel was made for {device}")
+
+
+def _require_contiguous(name: str, t: Any) -> None:
+    if not t.is_contiguous():
+        raise Unsupported("not_contiguous", f"{name} must be contiguous; call .contiguous() first")
 
 
 def array(t: Any, element: str) -> Any:
