@@ -58,7 +58,7 @@ def plan(
     if all(movable) and sum(weighed) <= device_bytes:
         return Residency((True,) * len(sizes_bytes), 0, 0, sum(weighed), 0)
     best: Residency | None = None
-    least: int | None = None
+    least = sum(weighed) if all(movable) else None
     # A slot holds the largest streamed unit, so units above some size must be resident; try each size as that limit.
     for limit in sorted(set(sizes_bytes)):
         above = [size > limit for size in sizes_bytes]
@@ -78,8 +78,8 @@ def plan(
     if best is None:
         assert least is not None, "the largest size as limit always leaves nothing above it"
         raise BudgetError(
-            f"weights need at least {least} bytes of device memory ({slots} slots of the largest streamed unit and "
-            f"what is larger), {device_bytes} are left for them: {least - device_bytes} short; raise gpu or lower "
+            f"weights need at least {least} bytes of device memory (all, or {slots} slots of the largest "
+            f"streamed unit and what is larger), {device_bytes} are left for them: {least - device_bytes} short; raise gpu or lower "
             "activations"
         )
     return best
