@@ -79,8 +79,8 @@ def plan(
         assert least is not None, "the largest size as limit always leaves nothing above it"
         raise BudgetError(
             f"weights need at least {least} bytes of device memory (all, or {slots} slots of the largest "
-            f"streamed unit and what is larger), {device_bytes} are left for them: {least - device_bytes} short; raise gpu or lower "
-            "activations"
+            f"streamed unit and what is larger), {device_bytes} are left for them: {least - device_bytes} short; "
+            "raise gpu or lower activations"
         )
     return best
 
