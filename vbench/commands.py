@@ -124,7 +124,12 @@ def _show_plan(planned: Limited, where: Device, as_json: bool) -> int:
     seconds = estimate_s(planned.rows, seen)
     kinds = Counter(job.kind for job in planned.jobs)
     refused = kinds["time"] - len(planned.rows)
-    body: dict[str, Any] = {"device": where, "jobs": dict(kinds), "timed_rows": len(planned.rows), "not_timed_here": refused}
+    body: dict[str, Any] = {
+        "device": where,
+        "jobs": dict(kinds),
+        "timed_rows": len(planned.rows),
+        "not_timed_here": refused,
+    }
     body |= {"postponed": len(planned.postponed), "timing_s": seconds}
     if as_json:
         print(json.dumps(body, indent=1))
