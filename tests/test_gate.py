@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import textwrap
 from dataclasses import replace
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.plugins import install
-from vbench import gate, judge, machine_code, registry
+from vbench import gate, judge, machine_code, registry, runner
 from vbench.backend import Configuration, Cubin
 from vbench.cli import main
 from vbench.errors import DataError
@@ -210,7 +211,9 @@ def run_controls(name: str, code: str, folder: Path, monkeypatch: pytest.MonkeyP
 def test_controls_trip_the_gate_and_cost_only_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(runner, "COMPILATIONS_A_WORKER", 4)  # two workers share the queue
     found = run_controls("bad_code", KERNELS, tmp_path, monkeypatch)
+    assert len(list((tmp_path / "runs").rglob("bad_code.compile*.log"))) == min(2, os.cpu_count() or 1)
     body = json.loads(capsys.readouterr().out)
     assert body["outcomes"]["INVALID"] == 5 and body["exit"] == 1
     fared = {name: (r.outcome.value, r.reason) for name, r in found.items()}
