@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from vbench.backend import DeclaredBackend
 from vbench.errors import Unsupported
-from vbench.kernels.peers import int8_bitsandbytes, int8_torchao
+from vbench.kernels.peers import dense_linear, int8_bitsandbytes, int8_torchao
+from vbench.kernels.peers.compiled_linear import CompiledLinear
 from vbench.kernels.peers.torch_native import BACKEND as TORCH_NATIVE
 from vbench.plan import BATTERY
 from vbench.record import Outcome
@@ -20,7 +21,7 @@ from vbench.reference import insight, int8, linear
 from vbench.reference.backend import BACKEND as REFERENCE
 from vbench.reference.fp4 import decode_float64
 from vbench.reference.ops import OPS
-from vbench.reference.ops.fp4 import FP4_LINEAR
+from vbench.reference.ops.fp4 import FORMATS, FP4_LINEAR
 from vbench.reference.ops.insight import CHAIN, SVD
 from vbench.reference.ops.int8 import ACT_QUANTS, INT8_LINEAR
 from vbench.roofline import DATASHEETS, floor_s
@@ -175,6 +176,34 @@ def test_a_stored_sum_is_inside_the_budget_that_declares_it_and_only_there(act: 
         return float(((y - want.value).abs() / want.budget).max())
 
     assert over(("bf16",)) <= 1 < over(())
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_the_layer_given_to_the_compiler_is_one_graph_and_right(fmt: str) -> None:
+    """Traced without code generation, so that it runs where there is neither a GPU nor time for one."""
+    case = FP4_LINEAR.case(fmt=fmt, x="bf16", act="silu", bias=1, m=5, n=12, k=128)
+    inputs = linear.linear_inputs(case, "cpu")
+    run = torch.compile(dense_linear.whole_layer(fmt, "silu", torch.bfloat16), backend="eager", fullgraph=True)
+    numerics = Numerics("fp32", ("fp32", "bf16"), stores=("bf16",))
+    want = linear.linear_oracle(case, inputs, numerics, None)["y"]
+    y = CompiledLinear(run, numerics).bind(inputs, {})()
+    assert y is not None and bool(((y["y"].double() - want.value).abs() <= want.budget).all())
+
+
+@pytest.mark.parametrize(
+    ("rule", "device", "n", "path"),
+    [("needs_cuda", "cpu", 2048, "/"), ("too_small_to_compile", "cuda", 64, "/"), ("needs_compiler", "cuda", 2048, "")],
+)
+def test_what_cannot_or_need_not_be_compiled_is_refused_first(
+    monkeypatch: pytest.MonkeyPatch, rule: str, device: Literal["cpu", "cuda"], n: int, path: str
+) -> None:
+    monkeypatch.setenv("PATH", path)
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(Unsupported, match=rule):
+        dense_linear.make(FP4_LINEAR.case(fmt="nvfp4", m=1, n=n, k=1024), "torch_compile", device)
 
 
 # --- insight ----------------------------------------------------------------------------------------------------------

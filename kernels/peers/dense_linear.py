@@ -5,6 +5,7 @@ Variants
         must be x's: what a user without FP4 runs. cuBLAS on ``cuda``, torch's CPU library on ``cpu``.
     eager_dequant: the weight stays packed; every launch decodes it with eager torch and then multiplies, as torchao's
         weight-only NVFP4 does (nvfp4_tensor.py: ``dequantize()`` then ``F.linear``).
+    torch_compile: ``eager_dequant`` and the activation through ``torch.compile`` (see compiled_linear.py).
 Settings are torch's defaults, but for TF32, which is off. By default torch lets cuBLAS round split-K partial sums to
 the half type ("Reduced Precision Reduction" in torch's numerical accuracy notes); the numerics say so.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from vbench.backend import Device, Kernel, Launch
 from vbench.errors import Unsupported
+from vbench.kernels.peers import compiled_linear
 from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics
 
 #: E2M1 values by code (OCP Microscaling v1.0), bit 3 is the sign.
@@ -77,6 +79,20 @@ def decoder(fmt: str, device: Any) -> Callable[[Tensor, Tensor, Tensor, torch.dt
     return run
 
 
+def whole_layer(fmt: str, act: str, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """(x, codes, scale, global_scale, bias) -> y: decode, ``F.linear``, activation, for ``torch.compile``."""
+    table = TABLES[fmt]
+    activation = ACTIVATIONS.get(act)
+
+    def forward(x: Tensor, codes: Tensor, scale: Tensor, global_scale: Tensor, bias: Tensor | None) -> Tensor:
+        values = torch.tensor(table, dtype=torch.float32, device=x.device)
+        scale = scale.view(torch.float8_e8m0fnu) if fmt == "mxfp4" else scale
+        y = torch.nn.functional.linear(x, decode(values, codes, scale, global_scale, dtype), bias)
+        return y if activation is None else activation(y)
+
+    return forward
+
+
 @dataclass(slots=True)
 class DenseLinear:
     """``F.linear`` then the activation.
@@ -113,10 +129,11 @@ class DenseLinear:
 
 def make(case: Case, variant: str, device: Device) -> Kernel:
     """Raises Unsupported: ``unknown_variant``; ``unknown_format``; ``dtype_not_of_variant`` where x has another dtype
-    than the variant."""
+    than the variant; and ``compiled_linear.check``'s."""
     x, act = case.text("x"), case.text("act")
-    if variant != "eager_dequant" and variant not in VARIANT_DTYPES:
-        raise Unsupported("unknown_variant", f"{variant!r} is not one of eager_dequant, {', '.join(VARIANT_DTYPES)}")
+    if variant not in ("eager_dequant", "torch_compile", *VARIANT_DTYPES):
+        known = ", ".join(("eager_dequant", "torch_compile", *VARIANT_DTYPES))
+        raise Unsupported("unknown_variant", f"{variant!r} is not one of {known}")
     if VARIANT_DTYPES.get(variant, x) != x:
         raise Unsupported("dtype_not_of_variant", f"{variant} multiplies {VARIANT_DTYPES[variant]}, x is {x}")
     if case.text("fmt") not in TABLES:
@@ -130,10 +147,11 @@ def make(case: Case, variant: str, device: Device) -> Kernel:
     # F.linear's result is stored before the activation reads it; relu of a rounded number needs no second rounding
     stores = (x,) if act in ("gelu", "silu") else ()
     accumulate = "tensor_core" if device == "cuda" and x != "fp32" else "fp32"
-    return DenseLinear(
-        case.text("fmt"),
-        act,
-        getattr(torch, TORCH_DTYPE_NAMES[x]),
-        variant == "eager_dequant",
-        Numerics(accumulate, operand_roundings=roundings, stores=stores),
-    )
+    numerics = Numerics(accumulate, operand_roundings=roundings, stores=stores)
+    dtype = getattr(torch, TORCH_DTYPE_NAMES[x])
+    if variant == "torch_compile":
+        compiled_linear.check(case, device)
+        return compiled_linear.CompiledLinear(
+            compiled_linear.compiled(whole_layer, case.text("fmt"), act, dtype), numerics
+        )
+    return DenseLinear(case.text("fmt"), act, dtype, variant == "eager_dequant", numerics)

@@ -40,7 +40,7 @@ BACKEND = DeclaredBackend(
         "elementwise_chain": "vbench.kernels.peers.insight:make_chain",
     },
     variants={
-        "fp4_linear": ("cublas_bf16", "cublas_fp16", "cublas_fp32", "eager_dequant"),
+        "fp4_linear": ("cublas_bf16", "cublas_fp16", "cublas_fp32", "eager_dequant", "torch_compile"),
         "attention": ("sdpa_math", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient"),
         "tier_stack": ("all_resident",),
         "tier_fetch": ("copy_decode",),
