@@ -10,6 +10,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"  # before the first import of Triton: it decides at decoration
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from vbench.reference.ops.types import ITEMSIZE
 from vbench.spec import Case, Numerics
 
 FORMATS = st.sampled_from(ops.FORMATS)
+ENCODINGS = st.sampled_from(ops.ENCODINGS)
 DTYPES = st.sampled_from(tuple(ITEMSIZE))
 # fp16 results beyond 65504 become Inf, as in torch; NumPy warns where a GPU does not.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
@@ -45,7 +47,7 @@ needs_interpreter = pytest.mark.skipif(
 
 def fit_k(fmt: str, half: int) -> int:
     """A k that the format admits, near 2 * half."""
-    group = ops.FORMAT_GROUPS[fmt]
+    group = ops.FORMAT_GROUPS[ops.decoded_as(fmt)]
     return 2 * half if group <= 0 else max(1, 2 * half // group) * group
 
 
@@ -84,24 +86,56 @@ def over_budget(y: torch.Tensor, e: Any) -> int:
 # ---------------------------------------------------------------- packing
 
 
-@given(fmt=FORMATS, n=st.integers(1, 140), half=st.integers(1, 160), bkw=st.sampled_from((16, 32, 64)), data=st.data())
-@settings(max_examples=40)
-def test_packing_is_a_bijection(fmt: str, n: int, half: int, bkw: int, data: st.DataObject) -> None:
-    k = fit_k(fmt, half)
-    twiddled = fmt == "nvfp4" and data.draw(st.booleans())
-    seed = data.draw(st.integers(0, 2**31))
-    gen = torch.Generator().manual_seed(seed)
+def random_weight(fmt: str, n: int, k: int, gen: torch.Generator, wide: bool = False) -> dict[str, torch.Tensor]:
+    """A canonical weight of random codes and scales, drawn without the encoder. ``wide``: any E8M0 byte but NaN."""
     group = ops.FORMAT_GROUPS[fmt]
     shape = (1,) if group == 0 else (n,) if group == -1 else (n, k // group)
     scale = torch.rand(shape, generator=gen) + 0.5
-    weight = {
+    if fmt == "nvfp4":
+        scale = scale.to(torch.float8_e4m3fn)
+    elif fmt == "mxfp4":
+        top = 255 if wide else packing.E8M0_NARROW_MAX + 1
+        scale = torch.randint(0, top, shape, generator=gen).to(torch.uint8)
+    return {
         "codes": torch.randint(0, 256, (n, k // 2), generator=gen, dtype=torch.uint8),
-        "scale": scale.to(torch.float8_e4m3fn) if fmt == "nvfp4" else scale,
+        "scale": scale,
         "global_scale": torch.rand(1, generator=gen),
     }
-    packed = packing.pack_weight(fmt, weight, n, k, bkw, twiddled)
+
+
+@given(
+    fmt=FORMATS,
+    n=st.integers(1, 140),
+    half=st.integers(1, 320),
+    layout=st.sampled_from((("rows", 16), ("rows", 32), ("rows", 64), ("fragments", 16))),
+    twiddled=st.booleans(),
+    wide=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=60)
+def test_packing_is_a_bijection(
+    fmt: str, n: int, half: int, layout: tuple[packing.Order, int], twiddled: bool, wide: bool, seed: int
+) -> None:
+    k, (order, bkw) = fit_k(fmt, half), layout
+    twiddled, wide = twiddled and fmt in packing.BYTE_SCALES, wide and fmt == "mxfp4"
+    weight = random_weight(fmt, n, k, torch.Generator().manual_seed(seed), wide)
+    packed = packing.pack_weight(fmt, weight, n, k, bkw, twiddled, wide, order)
     back = packing.unpack_weight(packed)
     assert all(same_bits(back[name], weight[name]) for name in weight)
+
+
+def test_fragments_are_what_the_matrix_unit_s_lanes_hold() -> None:
+    """PTX ISA, mma.m16n8k16, matrix A of 16-bit elements: lane 4 g + t holds rows g and g + 8, columns 2 t, 2 t + 1 and
+    those plus 8. Element values that name their row and column show where each went."""
+    row, column = torch.arange(32).reshape(32, 1, 1), torch.arange(8 * 16).reshape(1, 8, 16)
+    fragments = packing._to_fragments(row * 128 + column)
+    assert fragments.shape == (2, 2, 4, 32, 8)
+    for tile, block, quarter, lane, (i, (high_column, high_row, last)) in itertools.product(
+        range(2), range(2), range(4), range(32), enumerate(itertools.product(range(2), repeat=3))
+    ):
+        r = tile * 16 + lane // 4 + 8 * high_row
+        c = (block * 4 + quarter) * 16 + 2 * (lane % 4) + last + 8 * high_column
+        assert fragments[tile, block, quarter, lane, i] == r * 128 + c
 
 
 def test_twiddle_is_a_bijection_of_all_words() -> None:
@@ -116,9 +150,12 @@ def test_twiddle_is_a_bijection_of_all_words() -> None:
 @pytest.mark.parametrize("fmt", ops.FORMATS)
 def test_packed_memory_is_the_format_s_own(fmt: str) -> None:
     """At a real layer's shape packing adds nothing to the format's bytes but the unused global scale."""
-    n, k = 1024, 4096
+    n, k = 256, 4096
     weight = fp4.quantize(fmt, torch.zeros(n, k))
-    assert packing.pack_weight(fmt, weight, n, k, 64, fmt == "nvfp4").bytes - ops.packed_bytes(fmt, n, k) in (0, 4)
+    layouts: tuple[tuple[packing.Order, int], ...] = (("rows", 32), ("rows", 64), ("fragments", 16))
+    for order, bkw in layouts:
+        packed = packing.pack_weight(fmt, weight, n, k, bkw, fmt in packing.BYTE_SCALES, False, order)
+        assert packed.bytes - ops.packed_bytes(fmt, n, k) in (0, 4)
 
 
 # ---------------------------------------------------------------- codecs
@@ -126,7 +163,7 @@ def test_packed_memory_is_the_format_s_own(fmt: str) -> None:
 
 @needs_interpreter
 @given(
-    fmt=FORMATS,
+    fmt=ENCODINGS,
     w=DTYPES,
     dist=st.sampled_from(("normal", "uniform", "student5", "grid", "zeros", "outlier")),
     n=st.integers(1, 70),
@@ -140,7 +177,7 @@ def test_quantize_and_dequantize_are_bit_exact(fmt: str, w: str, dist: str, n: i
     outputs, expected, _ = run(case, codec.make_quantize, fp4.quantize_inputs(case, "cpu"), fp4.quantize_oracle)
     for name, out in outputs.items():
         assert same_bits(out, expected[name].value), name
-    case = ops.FP4_DEQUANTIZE.case(fmt=fmt, y=w, dist=dist, n=n, k=k, seed=seed)
+    case = ops.FP4_DEQUANTIZE.case(fmt=ops.decoded_as(fmt), y=w, dist=dist, n=n, k=k, seed=seed)
     inputs = fp4.dequantize_inputs(case, "cpu")
     outputs, expected, _ = run(case, codec.make_dequantize, inputs, fp4.dequantize_oracle)
     assert same_bits(outputs["weight"], expected["weight"].value)
