@@ -1,9 +1,9 @@
 """Encoders and decoders of all formats, bit for bit as the formats define them.
 
 Encoding divides in IEEE float32 (``tl.div_rn``: Triton's ``/`` is not correctly rounded on NVIDIA GPUs), rounds
-integers half to even by adding and subtracting 1.5 x 2^23, E2M1 by seven comparisons and NF4 by fifteen. The tensor-wide maximum takes
-a first kernel that leaves one maximum per program; every program of the second kernel takes the maximum of those, so
-no order and no atomic is involved.
+integers half to even by adding and subtracting 1.5 x 2^23, E2M1 by seven comparisons and NF4 by fifteen. The
+tensor-wide maximum takes a first kernel that leaves one maximum per program; every program of the second kernel takes
+the maximum of those, so no order and no atomic is involved.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics
 #: Programs of the absmax pass at most; each of the second kernel's programs reads that many partial maxima.
 MAX_PARTIALS = 1024
 ROUND_TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 x 2^23: adding it leaves no fraction bits for |v| < 2^22
-#: Encoding -> (format it decodes as, what is added to the float32 bits of a block's absmax before its exponent is taken:
-#: mxfp4's scale rules floor, even (up from 1.75), rceil (up from above 1.5), ceil (up from above 1)).
+#: Encoding -> (format it decodes as, what is added to the float32 bits of a block's absmax before its exponent is
+#: taken: mxfp4's scale rules floor, even (up from 1.75), rceil (up from above 1.5), ceil (up from above 1)).
 ENCODINGS = {
     **{fmt: (fmt, 0) for fmt in GROUPS},
     "mxfp4_even": ("mxfp4", 1 << 21),

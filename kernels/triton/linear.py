@@ -6,6 +6,7 @@ same in every kernel, so a row of y does not depend on how many tokens come with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -33,13 +34,13 @@ from vbench.kernels.triton.probe import INTERPRETED, check_device
 from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics
 
 SPLIT_MAX_M = 64
-#: n times the parts of K should reach this: 200 programs of 64 rows keep 132 multiprocessors' loads in flight.
-SPLIT_ROWS = 12800
+#: n times the parts of K should reach this: 112 programs of 256 rows for 132 multiprocessors.
+SPLIT_ROWS = 28672
 #: Columns of K that a sum of its own is formed of, up to SPLIT_MAX_M tokens: what a packed block of the fused kernel
 #: holds there.
 PART_COLUMNS = 256
 #: Such blocks a program of a split should at least have, so that its pipeline fills.
-MIN_BLOCKS_PER_SPLIT = 4
+MIN_BLOCKS_PER_SPLIT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +118,12 @@ TABLE_FP32: Table = (
     (16, Plan("fused", 64, 16, 16, 4, 3)),
     (2**31, Plan("fused", 64, 32, 16, 8, 3)),
 )
-#: Gluon tiles (features, tokens, stages) and the measured cost of one wave of them on 132 multiprocessors, microseconds
-#: at k = 4096: (absmax7_row, nvfp4). Chosen is the tile whose whole waves cost least.
-GLUON_TILES: tuple[tuple[int, int, int, float, float], ...] = (
-    (256, 128, 3, 43.5, 53.0),
-    (128, 128, 4, 23.2, 29.0),
-    (128, 64, 6, 18.0, 21.7),
+#: Gluon tiles (features, tokens, stages) for many tokens and the cost of one wave of them on 132 multiprocessors,
+#: microseconds at k = 4096: (integers, E2M1, float32 groups). Chosen is the tile whose whole waves cost least.
+GLUON_TILES: tuple[tuple[int, int, int, tuple[float, float, float]], ...] = (
+    (256, 128, 3, (43.5, 50.0, math.inf)),
+    (128, 128, 4, (23.2, 27.0, 25.0)),
+    (128, 64, 6, (18.0, 20.0, 19.0)),
 )
 GLUON_PROCESSORS = 132
 #: Format -> smallest m from which decoding to scratch memory and the vendor's GEMM wins.
@@ -138,7 +139,7 @@ DEQUANT_CHUNK = 2048
 
 
 def split_count(n: int, k: int) -> int:
-    """Parts of K for up to SPLIT_MAX_M tokens: a power of two, from n and k only."""
+    """Parts of K for up to SPLIT_MAX_M tokens, from n and k only; none is empty."""
     rows = -(-n // ROW_PAD) * ROW_PAD
     blocks = -(-k // PART_COLUMNS)
     split = 1
@@ -146,7 +147,7 @@ def split_count(n: int, k: int) -> int:
         split *= 2
     while blocks > split * linear_stationary_host.MAX_BLOCKS:
         split *= 2
-    return split
+    return triton.cdiv(blocks, triton.cdiv(blocks, split))
 
 
 def needs_wide(fmt: str, x: str) -> bool:
@@ -154,16 +155,37 @@ def needs_wide(fmt: str, x: str) -> bool:
     return fmt == "mxfp4" and x == "fp16"
 
 
-def choose_gluon(m: int, n: int, fmt: str) -> Plan:
-    """The Gluon tile whose waves cost least."""
+def choose_gluon(m: int, n: int, k: int, fmt: str) -> Plan:
+    """The Gluon tile whose waves cost least; K in parts where the tiles would leave most multiprocessors idle."""
+    column = 1 if fmt in BYTE_SCALES else 2 if GROUPS[fmt] > 0 else 0
 
-    def cost(tile: tuple[int, int, int, float, float]) -> float:
-        bn, bm, _, integers, nvfp4 = tile
-        waves = -(-(-(-m // bm) * -(-n // bn)) // GLUON_PROCESSORS)
-        return waves * (nvfp4 if fmt == "nvfp4" else integers)
+    def tiles(bn: int, bm: int) -> int:
+        return -(-m // bm) * -(-n // bn)
 
-    bn, bm, stages, _, _ = min(GLUON_TILES, key=cost)
-    return Plan("gluon", bn, bm, linear_gluon_host.BKW, 12, stages)
+    def parts(bn: int, bm: int) -> int:
+        blocks, split = -(-k // PART_COLUMNS), 1
+        while 2 * split * tiles(bn, bm) <= GLUON_PROCESSORS and blocks // (2 * split) >= 4:
+            split *= 2
+        return split
+
+    def cost(tile: tuple[int, int, int, tuple[float, float, float]]) -> float:
+        bn, bm, _, costs = tile
+        split = parts(bn, bm)
+        waves = -(-tiles(bn, bm) * split // GLUON_PROCESSORS)
+        return waves * costs[column] / split
+
+    bn, bm, stages, _ = min(GLUON_TILES, key=cost)
+    # nf4's two sums a block stay in flight together only where they are added block by block.
+    sums = fmt == "nf4"
+    return Plan("gluon", bn, 64 if sums else bm, linear_gluon_host.BKW, 12, stages, parts(bn, bm), block_sums=sums)
+
+
+def choose_gluon_few(m: int, n: int, k: int, fmt: str) -> Plan:
+    """Up to SPLIT_MAX_M tokens: the order of sums is given, and the tile as wide as registers allow."""
+    grouped = GROUPS[fmt] > 0 and fmt not in BYTE_SCALES
+    bm = 32 if m <= 32 else 64
+    bn, stages = (128, 6) if grouped else (256, 4)
+    return Plan("gluon", bn, bm, linear_gluon_host.BKW, 12, stages, split_count(n, k))
 
 
 def choose_plan(
@@ -178,7 +200,9 @@ def choose_plan(
     if not wide and device == "cuda" and m >= DEQUANT_FROM_M[fmt] and takes(fmt, x, act):
         return Plan("dequant_cublas", 0, 0, 0, 0, 0, chunk=DEQUANT_CHUNK)
     if hopper and m > SPLIT_MAX_M and linear_gluon_host.takes(fmt, x, n, k):
-        return choose_gluon(m, n, fmt)
+        return choose_gluon(m, n, k, fmt)
+    if hopper and m > linear_stationary_host.MAX_TOKENS and linear_gluon_host.takes(fmt, x, n, k):
+        return choose_gluon_few(m, n, k, fmt)
     if hopper and m <= linear_stationary_host.MAX_TOKENS and linear_stationary_host.takes(fmt, x, k):
         return Plan("stationary", 16, linear_stationary_host.tokens(m), 16, 16, 1, split_count(n, k), dependent=True)
     table = TABLE_FP32 if x == "fp32" else TABLE_WIDE if wide else TABLES[fmt]
@@ -285,7 +309,7 @@ def fused_call(
         "BM": plan.bm,
         "BKW": plan.bkw,
         "SPLIT": split,
-        "EVEN_K": k % (4 * plan.bkw) == 0,
+        "EVEN_K": k == weight.k_blocks * 4 * plan.bkw,
         "NATIVE": not INTERPRETED and x_name != "fp32",
         "INTERPRETED": INTERPRETED,
         "TWIDDLED": weight.twiddled,
@@ -305,7 +329,8 @@ def fused_call(
 def bind_packed(weight: PackedWeight, x: Any, bias: Any, y: Any, x_name: str, act: str, plan: Plan) -> Launch:
     """A launch of the plan's kernel on a packed weight."""
     if plan.path == "gluon":
-        return linear_gluon_host.bind_gluon(weight, x, bias, y, x_name, act, plan.bn, plan.bm, plan.stages)
+        tile = (plan.bn, plan.bm, plan.stages)
+        return linear_gluon_host.bind_gluon(weight, x, bias, y, x_name, act, tile, plan.split, plan.block_sums)
     if plan.path == "stationary":
         return linear_stationary_host.bind_stationary(weight, x, bias, y, x_name, act, plan.split, plan.dependent)
     grid, arguments, constants = fused_call(weight, x, bias, y, x_name, act, plan)

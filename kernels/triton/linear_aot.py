@@ -20,11 +20,48 @@ from typing import Any
 
 import triton
 
-from vbench.kernels.triton import codec, linear
+from vbench.kernels.triton import codec, linear, linear_stationary_host
 from vbench.kernels.triton.linear import Plan
 from vbench.kernels.triton.linear_fused import fused_linear_kernel
+from vbench.kernels.triton.packing import BYTE_SCALES, GROUPS
 
 TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+
+
+def float_group(fmt: str, plan: Plan) -> int:
+    """Columns that share a float32 scale, or 0."""
+    return 0 if fmt in BYTE_SCALES and not plan.wide else max(GROUPS[fmt], 0)
+
+
+def scale_type(fmt: str, plan: Plan) -> str:
+    return "*i32" if fmt in BYTE_SCALES and not plan.wide else "*fp32"
+
+
+def compile_stationary(plan: Plan, fmt: str, x: str, act: str = "none", bias: bool = False, k: int = 4096) -> Any:
+    """The stationary kernel of a plan, compiled ahead of time for sm_90."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import compile as compile_source
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from vbench.kernels.triton.linear_stationary import stationary_kernel
+
+    on = linear_stationary_host.mapping(k, plan.split)
+    constants: dict[str, Any] = {
+        "FORMAT": fmt, "X": x, "ACT": act, "HAS_BIAS": bias, "BM": plan.bm, "W": on.warps, "PART": on.part,
+        "PARTS": on.parts, "SPLIT": on.split, "GROUPS": 256 // float_group(fmt, plan) if float_group(fmt, plan) else 0,
+        "DEPENDENT": plan.dependent,
+    }  # fmt: skip
+    types = {
+        "x_ptr": TYPES[x], "words_ptr": "*i32", "scale_ptr": scale_type(fmt, plan), "global_ptr": "*fp32",
+        "bias_ptr": TYPES[x], "y_ptr": TYPES[x], "partial_ptr": "*fp32", "ticket_ptr": "*i32",
+    }  # fmt: skip
+    names = stationary_kernel.arg_names
+    signature = {name: types.get(name, "constexpr" if name in constants else "i32") for name in names}
+    aligned = (*types, "N", "K", "stride_xm", "stride_ym")
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned}
+    source = GluonASTSource(fn=stationary_kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": on.warps, "launch_pdl": plan.dependent}
+    return compile_source(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
 def compile_fused(plan: Plan, fmt: str, x: str, capability: int, act: str = "none", bias: bool = False) -> Any:
@@ -34,13 +71,16 @@ def compile_fused(plan: Plan, fmt: str, x: str, capability: int, act: str = "non
     from triton.compiler import compile as compile_source
 
     constants: dict[str, Any] = {
-        "FORMAT": fmt, "X": x, "ACT": act, "HAS_BIAS": bias, "BN": plan.bn, "BM": plan.bm, "BKW": plan.bkw,
+        "FORMAT": fmt, "GROUP": float_group(fmt, plan), "X": x, "ACT": act, "HAS_BIAS": bias, "BN": plan.bn,
+        "BM": plan.bm, "BKW": plan.bkw,
         "SPLIT": plan.split, "EVEN_K": True, "NATIVE": x != "fp32", "INTERPRETED": False,
-        "TWIDDLED": fmt == "nvfp4" and x == "bf16", "GROUP_M": 8, "BLOCK_SUMS": plan.block_sums, "SMALL_SCALES": False,
+        "TWIDDLED": fmt in BYTE_SCALES and x == "bf16", "GROUP_M": 8, "BLOCK_SUMS": plan.block_sums,
+        "SMALL_SCALES": False,
     }  # fmt: skip
     pointers = {
-        "x_ptr": TYPES[x], "codes_ptr": "*i16", "scale_ptr": "*i32" if fmt == "nvfp4" else "*fp32",
-        "global_ptr": "*fp32", "bias_ptr": TYPES[x], "y_ptr": TYPES[x], "partial_ptr": "*fp32", "ticket_ptr": "*i32",
+        "x_ptr": TYPES[x], "codes_ptr": "*i16", "scale_ptr": scale_type(fmt, plan),
+        "global_ptr": "*fp32", "table_ptr": "*fp32", "bias_ptr": TYPES[x], "y_ptr": TYPES[x], "partial_ptr": "*fp32",
+        "ticket_ptr": "*i32",
     }  # fmt: skip
     sizes = ("M", "N", "K", "stride_xm", "stride_ym", "k_blocks", "blocks_per_split")
     signature = pointers | dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr")
@@ -65,8 +105,9 @@ def compile_gluon(plan: Plan, fmt: str, x: str, act: str = "none", bias: bool = 
 
     rows = plan.bn // 2
     constants: dict[str, Any] = {
-        "FORMAT": fmt, "X": x, "ACT": act, "HAS_BIAS": bias, "ROWS": rows, "BM": plan.bm, "STAGES": plan.stages,
-        "GROUP_M": 8, "REGISTERS": REGISTERS,
+        "FORMAT": fmt, "GROUP": float_group(fmt, plan), "X": x, "ACT": act, "HAS_BIAS": bias, "ROWS": rows,
+        "BM": plan.bm, "STAGES": plan.stages, "GROUP_M": 8, "BLOCK_SUMS": plan.block_sums, "SPLIT": plan.split > 1,
+        "REGISTERS": REGISTERS,
     }  # fmt: skip
     tile = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
     result = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -74,9 +115,11 @@ def compile_gluon(plan: Plan, fmt: str, x: str, act: str = "none", bias: bool = 
         "x_desc": f"tensordesc<{x}[{plan.bm}, 32],{tile!r}>",
         "codes_desc": f"tensordesc<i16[64, 32],{tile!r}>",
         "y_desc": f"tensordesc<{x}[{plan.bm}, {rows}],{result!r}>",
-        "scale_ptr": "*i32" if fmt == "nvfp4" else "*fp32",
+        "scale_ptr": scale_type(fmt, plan),
         "global_ptr": "*fp32",
         "bias_ptr": TYPES[x],
+        "partial_ptr": "*fp32",
+        "ticket_ptr": "*i32",
     }
     names = gluon_linear_kernel.arg_names
     signature = {name: types.get(name, "constexpr" if name in constants else "i32") for name in names}
@@ -153,10 +196,25 @@ def read_code(compiled: Any) -> dict[str, Any]:
 def _linear_report(plan: Plan, fmt: str, x: str, capability: int, unit: str) -> dict[str, Any]:
     if plan.path == "gluon":
         compiled = compile_gluon(plan, fmt, x, "gelu", True)
+    elif plan.path == "stationary":
+        compiled = compile_stationary(plan, fmt, x, "gelu", True)
     else:
         compiled = compile_fused(plan, fmt, x, capability, "gelu", True)
     head = {"kernel": plan.path, "capability": capability, "fmt": fmt, "x": x, "declared_unit": unit}
     return head | asdict(plan) | read_code(compiled)
+
+
+def hopper_plans(everything: bool) -> list[tuple[str, Plan]]:
+    """Every plan that the tables take on Hopper at layers of three shapes and 1 to 4096 tokens, by format."""
+    shapes = ((14336, 4096), (4096, 14336), (4096, 4096))
+    tokens = (1, 16, 32, 64, 256, 1024, 4096) if everything else (16, 64)
+    found: dict[tuple[str, Plan], None] = {}
+    for fmt in GROUPS if everything else ("absmax7_g128", "nvfp4"):
+        for n, k in shapes if everything else shapes[:1]:
+            for m in tokens:
+                plan = linear.choose_plan(m, n, k, fmt, "bf16", "gelu", "cuda", hopper=True)
+                found[fmt, plan] = None
+    return list(found)
 
 
 def compiled_table(everything: bool) -> list[dict[str, Any]]:
@@ -172,9 +230,10 @@ def compiled_table(everything: bool) -> list[dict[str, Any]]:
     reports.append(_linear_report(linear.TABLES["nvfp4"][1][1], "nvfp4", "fp16", 80, "HMMA"))
     for _, plan in linear.TABLE_FP32 if everything else linear.TABLE_FP32[-1:]:
         reports.append(_linear_report(plan, "absmax7_row", "fp32", 90, "FFMA"))
-    for bn, bm, stages, _, _ in linear.GLUON_TILES if everything else linear.GLUON_TILES[:1]:
-        for fmt in ("absmax7_row", "nvfp4") if everything else ("nvfp4",):
-            reports.append(_linear_report(Plan("gluon", bn, bm, 32, 12, stages), fmt, "bf16", 90, "HGMMA"))
+    reports += [
+        _linear_report(plan, fmt, "bf16", 90, "HMMA" if plan.path == "stationary" else "HGMMA")
+        for fmt, plan in hopper_plans(everything)
+    ]
     int_signature = {
         "w_ptr": "*bf16", "codes_ptr": "*u8", "scale_ptr": "*fp32", "global_ptr": "*fp32", "partial_ptr": "*fp32",
         "count": "i32", "n": "i32", "k": "i32",
@@ -184,13 +243,15 @@ def compiled_table(everything: bool) -> list[dict[str, Any]]:
         constants = {"GROUP": group, "BLOCK_K": block, "ROWS": rows, "COUNT": 1024}
         compiled = compile_codec(codec.encode_int_kernel, int_signature, constants, 90)
         reports.append({"kernel": "encode", "capability": 90, **constants} | read_code(compiled))
-    nv_signature = {
-        "w_ptr": "*bf16", "codes_ptr": "*u8", "scale_ptr": "*u8", "global_ptr": "*fp32", "partial_ptr": "*fp32",
-        "count": "i32", "blocks": "i32",
-    }  # fmt: skip
-    nv_constants = {"BLOCKS": 256, "COUNT": 1024}
-    compiled = compile_codec(codec.encode_nvfp4_kernel, nv_signature, nv_constants, 90)
-    reports.append({"kernel": "encode", "capability": 90, **nv_constants} | read_code(compiled))
+    for fmt in ("nvfp4", "mxfp4", "nf4") if everything else ("nvfp4",):
+        block_signature = {
+            "w_ptr": "*bf16", "codes_ptr": "*u8", "scale_ptr": "*u8" if fmt in BYTE_SCALES else "*fp32",
+            "global_ptr": "*fp32", "partial_ptr": "*fp32", "count": "i32", "blocks": "i32",
+        }  # fmt: skip
+        group = GROUPS[fmt]
+        block_constants = {"FORMAT": fmt, "GROUP": group, "ROUNDING": 0, "BLOCKS": 4096 // group, "COUNT": 1024}
+        compiled = compile_codec(codec.encode_blocks_kernel, block_signature, block_constants, 90)
+        reports.append({"kernel": "encode", "capability": 90, **block_constants} | read_code(compiled))
     return reports
 
 

@@ -188,14 +188,16 @@ def stationary_kernel(
     ticket_ptr,  # int32 [tiles], zero before and after
     M, N, K, stride_xm, stride_ym, k_blocks, tiles,
     FORMAT: gl.constexpr, X: gl.constexpr, ACT: gl.constexpr, HAS_BIAS: gl.constexpr, BM: gl.constexpr,
-    W: gl.constexpr, PART: gl.constexpr, PARTS: gl.constexpr, SPLIT: gl.constexpr, GROUPS: gl.constexpr, DEPENDENT: gl.constexpr,
+    W: gl.constexpr, PART: gl.constexpr, PARTS: gl.constexpr, SPLIT: gl.constexpr, GROUPS: gl.constexpr,
+    DEPENDENT: gl.constexpr,
 ):  # fmt: skip
-    """y = act(x W^T + bias) for absmax7_tensor, absmax7_row, absmax7_g128, nvfp4 and mxfp4.
+    """y = act(x W^T + bias); nvfp4 with normal E4M3 scales, mxfp4 with scales that fit an operand.
 
     Args:
         BM: 8 or 16 tokens at most.
         W: warps, at least PART * PARTS of them with work.
         PART: K blocks of a part of the sum; PARTS: parts in a program; SPLIT: programs along K.
+        GROUPS: float32 scales of a row in a K block: 2 (g128), 4 (nf4) or 0.
         DEPENDENT: launched as a dependent of the kernel before it: weights, which no kernel writes, are fetched while
             that one still finishes; x is not read and nothing is written before its end.
     """
@@ -244,7 +246,7 @@ def stationary_kernel(
         next_scales = gl.load(scale_ptr + first * k_blocks * (ROWS * COUNT) + scale_at)
     next_groups = ()
     for g in gl.static_range(GROUPS):
-        next_groups = next_groups + (gl.load(scale_ptr + (first * k_blocks * GROUPS + g) * ROWS + scale_at),)  # noqa: RUF005
+        next_groups = next_groups + (gl.load(scale_ptr + (first * k_blocks * GROUPS + g) * ROWS + scale_at),)  # type: ignore[assignment]  # noqa: RUF005
 
     xw = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, RIGHT)))
     xk = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, RIGHT)))
@@ -257,7 +259,7 @@ def stationary_kernel(
         gdc_wait()
     xs = ()
     for j in gl.static_range(16):
-        xs = xs + (gl.load(x_ptr + x_at + j * 16, mask=x_ok & (column + j * 16 < K), other=0.0),)  # noqa: RUF005
+        xs = xs + (gl.load(x_ptr + x_at + j * 16, mask=x_ok & (column + j * 16 < K), other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
 
     SUMS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
@@ -283,24 +285,24 @@ def stationary_kernel(
             groups = next_groups
             next_groups = ()
             for g in gl.static_range(GROUPS):
-                next_groups = next_groups + (gl.load(scale_ptr + (ahead * GROUPS + g) * ROWS + scale_at),)  # noqa: RUF005
+                next_groups = next_groups + (gl.load(scale_ptr + (ahead * GROUPS + g) * ROWS + scale_at),)  # type: ignore[assignment]  # noqa: RUF005
             part = _quarter(zero, q0, s0, xs, LEFT, FORMAT, X, W, 0)
             q0 = gl.load(words + words_at)
             if GROUPS == 4:
-                block = part * groups[0][:, :, None]
+                block = part * groups[0][:, :, None]  # type: ignore[misc]
                 part = zero
             part = _quarter(part, q1, s1, xs, LEFT, FORMAT, X, W, 1)
             q1 = gl.load(words + words_at + 128)
             if GROUPS == 4:
-                block += part * groups[1][:, :, None]
+                block += part * groups[1][:, :, None]  # type: ignore[misc]
                 part = zero
             if GROUPS == 2:
-                block = part * groups[0][:, :, None]
+                block = part * groups[0][:, :, None]  # type: ignore[misc]
                 part = zero
             part = _quarter(part, q2, s2, xs, LEFT, FORMAT, X, W, 2)
             q2 = gl.load(words + words_at + 256)
             if GROUPS == 4:
-                block += part * groups[2][:, :, None]
+                block += part * groups[2][:, :, None]  # type: ignore[misc]
                 part = zero
             part = _quarter(part, q3, s3, xs, LEFT, FORMAT, X, W, 3)
             q3 = gl.load(words + words_at + 384)

@@ -5,13 +5,13 @@ element; code j of the element in column c of a K block stands ``j * bkw + c`` c
 tile is then a K-contiguous matrix operand, so x needs no permutation. Code j is nibble j of the element or, twiddled,
 at the bits of ``TWIDDLE[j]``.
 
-``rows`` (a K block is 4 * bkw columns; n padded to ROW_PAD)
+``rows`` (a K block is 4 * bkw columns; n padded to ROW_PAD, k to 256 or, for bkw 16, to a block)
     codes int16 [n_tiles, k_blocks, TILE_ROWS, bkw]: a tile is contiguous in memory.
     scales: absmax7_tensor float32 [1]; absmax7_row float32 [n_pad]; absmax7_g128, nf4 and wide mxfp4 float32
     [n_tiles, groups, TILE_ROWS]; nvfp4, mxfp4 u8 [n_tiles, k_blocks, TILE_ROWS, words, 4], read as int32 words whose
     byte j is the scale of code position j, for 16 (nvfp4) or up to 32 (mxfp4) columns a word.
 
-``fragments`` (bkw 16; four such blocks form a K block of 256 columns)
+``fragments`` (bkw 16; four such blocks form a K block of 256 columns; n padded to ROW_PAD, k to a block)
     codes int16 [n_pad/16, k_blocks, 4, 32, 8]: for each 64 columns, what each of the 32 lanes of a warp holds of the
     left operand of a 16 x 16 matrix product: [row 0..7][column pair 0..3][column + 8][row + 8][column of the pair].
     scales: u8 [n_pad/16, k_blocks, 16, 256/group] in K order; float32 [n_pad/16, k_blocks, 256/group, 16].
@@ -133,7 +133,8 @@ def has_wide_scales(scale: Tensor) -> bool:
 def e8m0_float(scale: Tensor) -> Tensor:
     """E8M0 bytes (no NaN) -> float32 2^(b - 127), exact; 2^-127 is subnormal."""
     bits = scale.to(torch.int32) << 23
-    return torch.where(scale == 0, 1 << 22, bits).view(torch.float32)
+    value: Tensor = torch.where(scale == 0, 1 << 22, bits).view(torch.float32)
+    return value
 
 
 def check_weight(fmt: str, weight: dict[str, Any] | Any, n: int, k: int, nan_scales: bool = False) -> None:
@@ -170,7 +171,9 @@ def _words(codes_i32: Tensor, twiddled: bool) -> Tensor:
         words = _twiddle(codes_i32)
     else:
         words = codes_i32[..., 0] | (codes_i32[..., 1] << 4) | (codes_i32[..., 2] << 8) | (codes_i32[..., 3] << 12)
-    return ((words + 0x8000) % 0x10000 - 0x8000).to(torch.int16)
+    signed: Tensor = (words + 0x8000) % 0x10000 - 0x8000
+    elements: Tensor = signed.to(torch.int16)
+    return elements
 
 
 def _to_fragments(elements: Tensor) -> Tensor:
@@ -236,7 +239,7 @@ def pack_weight(
         Unsupported: see ``check_weight``.
     """
     check_weight(fmt, weight, n, k)
-    step = 4 * bkw if order == "rows" else FRAGMENT_COLUMNS
+    step = 64 if order == "rows" and bkw == 16 else FRAGMENT_COLUMNS
     n_pad, k_pad = _ceil(n, ROW_PAD), _ceil(k, step)
     zero = ZERO_CODE[fmt] * 0x11
     packed = _pad(weight["codes"], n_pad, k_pad // 2, zero)
