@@ -15,8 +15,8 @@ Formats (elements sharing a scale in brackets)
     nf4 [64 along k]: one of 16 values (NF4_TABLE) times a float32 scale.
         scale = max(absmax, 2^-126); code = number of NF4_THRESHOLDS strictly below w / scale, IEEE float32 division, so
         that a tie goes to the lower value. (QLoRA, arXiv 2305.14314, appendix E; bitsandbytes csrc/kernels.cu
-        dQuantizeNF4, which multiplies by fl32(1 / absmax) instead and so may differ next to a threshold.) The floor keeps
-        the division defined for a zero block, whose code 7 decodes to zeros under any scale; below it, blocks of
+        dQuantizeNF4, which multiplies by fl32(1 / absmax) instead and so may differ next to a threshold.)
+        The floor keeps the division defined for a zero block, whose code 7 decodes to zeros under any scale; blocks of
         subnormal numbers lose precision relative to themselves.
 
 Element 0 of a pair sits in the low nibble (bitsandbytes: in the high one). Weights are [n, k] with k contiguous.

@@ -151,6 +151,7 @@ def all_jobs() -> list[tuple[str, int, int, int, Plan]]:
 
 def compile_all() -> int:
     """Every variant for sm_90 with no GPU: prints registers and spills. Exit code 1 on a failure."""
+    from vbench import machine_code
     from vbench.kernels.triton import linear_aot
 
     failed = 0
@@ -163,13 +164,14 @@ def compile_all() -> int:
             if plan.path == "gluon":
                 compiled = linear_aot.compile_gluon(plan, fmt, "bf16")
             elif plan.path == "stationary":
-                compiled = linear_aot.compile_stationary(plan, fmt, "bf16", k=k)
+                compiled = linear_aot.compile_stationary(plan, fmt, "bf16", k)
             else:
                 compiled = linear_aot.compile_fused(plan, fmt, "bf16", 90)
-            code = linear_aot.read_code(compiled)
-            text = f"registers {code['registers']} stack {code['stack']} spills in loop {code['spills_in_loop']}"
-            print(fmt, plan_name(plan), text, f"shared {code['shared']}", flush=True)
-            failed += code["shared"] > 232448
+            code = machine_code.read(compiled.asm["cubin"], 90)
+            spills = sum(machine_code.count(code.loop, opcode) for opcode in machine_code.SPILLS)
+            text = f"registers {code.registers} stack {code.stack_bytes} spills in loop {spills}"
+            print(fmt, plan_name(plan), text, f"shared {compiled.metadata.shared}", flush=True)
+            failed += compiled.metadata.shared > 232448
         except Exception as error:  # shown, and counted
             failed += 1
             print(fmt, plan_name(plan), f"{type(error).__name__}: {str(error)[-300:]}", flush=True)

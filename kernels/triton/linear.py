@@ -147,7 +147,8 @@ def split_count(n: int, k: int) -> int:
         split *= 2
     while blocks > split * linear_stationary_host.MAX_BLOCKS:
         split *= 2
-    return triton.cdiv(blocks, triton.cdiv(blocks, split))
+    part = -(-blocks // split)
+    return -(-blocks // part)
 
 
 def needs_wide(fmt: str, x: str) -> bool:

@@ -168,7 +168,7 @@ def check_weight(fmt: str, weight: dict[str, Any] | Any, n: int, k: int, nan_sca
 def _words(codes_i32: Tensor, twiddled: bool) -> Tensor:
     """[..., 4] codes -> int16 elements."""
     if twiddled:
-        words = _twiddle(codes_i32)
+        words: Tensor = _twiddle(codes_i32)
     else:
         words = codes_i32[..., 0] | (codes_i32[..., 1] << 4) | (codes_i32[..., 2] << 8) | (codes_i32[..., 3] << 12)
     signed: Tensor = (words + 0x8000) % 0x10000 - 0x8000
@@ -200,7 +200,8 @@ def _byte_words(scale: Tensor, bkw: int, k_blocks: int) -> Tensor:
     per_block = scale.reshape(n_pad // TILE_ROWS, TILE_ROWS, k_blocks, -1)
     if per_block.shape[-1] < 4:
         per_block = per_block.repeat_interleave(4 // per_block.shape[-1], dim=-1)
-    return per_block.unflatten(-1, (4, -1)).permute(0, 2, 1, 4, 3).contiguous()
+    words: Tensor = per_block.unflatten(-1, (4, -1)).permute(0, 2, 1, 4, 3).contiguous()
+    return words
 
 
 def _pack_scale(fmt: str, scale: Tensor, n_pad: int, k_pad: int, bkw: int, wide: bool, order: Order) -> Tensor:

@@ -34,7 +34,8 @@ def packed_bytes(fmt: str, n: int, k: int) -> int:
     return n * k // 2 + SCALE_BYTES.get(fmt, 4) * scales + (4 if fmt == "nvfp4" else 0)
 
 
-def _reject_weight(case: Case) -> tuple[str, str] | None:
+def reject_weight(case: Case) -> tuple[str, str] | None:
+    """Why no weight [n, k] in format ``fmt`` of distribution ``dist`` exists, or ``None``."""
     n, k, fmt = case.axis("n"), case.axis("k"), case.text("fmt")
     if n == 0 or k == 0:
         return "zero_size", f"n={n}, k={k}: a weight needs at least one element; skip the layer instead"
@@ -51,7 +52,7 @@ def _reject_weight(case: Case) -> tuple[str, str] | None:
 def _reject_linear(case: Case) -> tuple[str, str] | None:
     if case.axis("m") == 0:
         return "zero_size", "m=0: no tokens; skip the call instead"
-    return _reject_weight(case)
+    return reject_weight(case)
 
 
 _FMT = Param("fmt", "choice", "4-bit weight format", FORMATS)
@@ -72,7 +73,7 @@ FP4_QUANTIZE = Op(
     ),
     inputs="vbench.reference.fp4:quantize_inputs",
     oracle="vbench.reference.fp4:quantize_oracle",
-    reject=_reject_weight,
+    reject=reject_weight,
     metrics="vbench.reference.fp4:quantize_metrics",
     bytes=lambda c: (
         c.axis("n") * c.axis("k") * ITEMSIZE[c.text("w")] + packed_bytes(c.text("fmt"), c.axis("n"), c.axis("k"))
@@ -86,7 +87,7 @@ FP4_DEQUANTIZE = Op(
     outputs=(Output("weight", "y", "n, k"),),
     inputs="vbench.reference.fp4:dequantize_inputs",
     oracle="vbench.reference.fp4:dequantize_oracle",
-    reject=_reject_weight,
+    reject=reject_weight,
     bytes=lambda c: (
         c.axis("n") * c.axis("k") * ITEMSIZE[c.text("y")] + packed_bytes(c.text("fmt"), c.axis("n"), c.axis("k"))
     ),
