@@ -93,6 +93,7 @@ def compile_stationary(plan: Plan, fmt: str, x: str, k: int, act: str = "none", 
         gluon=True,
         num_warps=on.warps,
         launch_pdl=plan.dependent,
+        maxnreg=65536 // (32 * linear_stationary_host.WARPS),
     )
 
 

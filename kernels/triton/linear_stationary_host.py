@@ -87,6 +87,7 @@ def stationary_call(
         "DEPENDENT": dependent,
         "num_warps": on.warps,
         "launch_pdl": dependent,
+        "maxnreg": 65536 // (32 * WARPS),
     }
     return (programs, split), arguments, constants
 
