@@ -224,7 +224,10 @@ def test_written_linear_rounds_its_weight_where_a_fused_kernel_need_not() -> Non
 @settings(max_examples=60)
 @given(STRATEGIES["attention"])
 def test_written_float32_attention_is_within_the_float32_budget(case: Case) -> None:
-    assume(meaningful(case) and case.text("causal") == "none" and case.axis("hq") == case.axis("hk"))
+    # The document has neither causal masks nor grouped heads, windows nor capped scores.
+    values = dict(case.params) | {"causal": "none", "hq": case.axis("hk"), "window": 0, "softcap": 0}
+    case = ATTENTION.case(seed=case.seed, **values)
+    assume(meaningful(case))
     kernel = make(AS_WRITTEN, case, "float32")
     assert kernel.numerics == Numerics("fp32", probabilities="fp32")
     assert judge(kernel, case)["out"] <= 1
@@ -312,7 +315,8 @@ def test_peer_linears_are_within_their_declared_budget(variant: str, case: Case)
 @settings(max_examples=80)
 @given(case=STRATEGIES["attention"])
 def test_peer_attentions_are_within_their_declared_budget(variant: str, case: Case) -> None:
-    """Both alignments, grouped heads and rows with nothing to attend to included."""
+    """Both alignments, grouped heads and rows with nothing to attend to included; SDPA has no windows and no caps."""
+    case = ATTENTION.case(seed=case.seed, **(dict(case.params) | {"window": 0, "softcap": 0}))
     assume(meaningful(case))
     assert judge(make(TORCH_NATIVE, case, variant), case)["out"] <= 1
 
@@ -321,11 +325,17 @@ def test_peer_attentions_are_within_their_declared_budget(variant: str, case: Ca
 @settings(max_examples=40)
 @given(case=STRATEGIES["attention_backward"])
 def test_peer_backwards_are_within_their_declared_budget(variant: str, case: Case) -> None:
+    case = ATTENTION_BACKWARD.case(seed=case.seed, **(dict(case.params) | {"window": 0, "softcap": 0}))
     assume(meaningful(case))
     try:
         kernel = make(TORCH_NATIVE, case, variant)
     except Unsupported as refusal:
-        assert refusal.rule in ("no_lse_gradient", "alignment_not_offered", "peer_documents_nothing")
+        assert refusal.rule in (
+            "no_lse_gradient",
+            "alignment_not_offered",
+            "peer_documents_nothing",
+            "parameter_not_taken",
+        )
         return
     assert max(judge(kernel, case).values()) <= 1
 
@@ -446,7 +456,7 @@ def test_peers_pass_the_fixed_attention_cases(variant: str) -> None:
         worst = max(judge(kernel, case).values())
         if worst > 1:
             over[case.id] = worst
-    assert over == {} and refused < 20
+    assert over == {} and refused < 60
 
 
 def test_torch_backend_passes_the_fixed_cases() -> None:

@@ -193,6 +193,8 @@ def cases(draw: st.DrawFn) -> Case:
         dtype=draw(st.sampled_from(("bf16", "fp16", "fp32"))),
         causal=draw(st.sampled_from(("none", "top_left", "bottom_right"))),
         dist=draw(st.sampled_from(("normal", "uniform", "grid", "constant_v", "large_logits", "equal_keys"))),
+        window=draw(st.sampled_from((0, 0, 1, 20, 40, 70))),
+        softcap=draw(st.sampled_from((0, 0, 3, 50))),
         b=draw(st.integers(1, 2)),
         hq=group * hk,
         hk=hk,
@@ -218,6 +220,8 @@ def test_within_budget(interpreter: ProcessPoolExecutor, case: Case, layout: str
         {"dist": "large_logits", "dtype": "fp16", "sq": 40, "sk": 70, "d": 128},
         {"dist": "large_logits", "dtype": "fp32", "sq": 40, "sk": 70, "d": 64},
         {"b": 3, "hq": 6, "hk": 1, "sq": 33, "sk": 33, "d": 8},
+        {"causal": "bottom_right", "window": 33, "sq": 97, "sk": 129, "d": 16},  # edges on both sides of whole blocks
+        {"dist": "large_logits", "softcap": 50, "dtype": "fp32", "sq": 33, "sk": 40, "d": 16},
     ],
     ids=lambda params: "-".join(f"{key}{value}" for key, value in params.items()),
 )
@@ -272,6 +276,8 @@ def refused(call: Any) -> str:
         ("gluon_needs_cuda", {}, "gluon", "cpu"),
         ("gluon_dtype", {"dtype": "fp32"}, "gluon", "cuda"),
         ("gluon_head_dim", {"d": 80}, "gluon", "cuda"),
+        ("parameter_not_taken", {"window": 4}, "gluon", "cuda"),
+        ("parameter_not_taken", {"softcap": 4}, "gluon", "cuda"),
     ],
 )
 def test_refuses_case(

@@ -143,6 +143,8 @@ def cases(draw: st.DrawFn) -> Case:
         dist=draw(st.sampled_from(("normal", "uniform", "grid", "constant_v", "large_logits", "equal_keys"))),
         layout=draw(st.sampled_from(("bhsd", "bshd", "padded"))),
         dlse=draw(st.integers(0, 1)),
+        window=draw(st.sampled_from((0, 0, 1, 20, 40))),
+        softcap=draw(st.sampled_from((0, 0, 3))),
         hq=group * hk,
         hk=hk,
         sq=draw(LENGTHS),
@@ -163,6 +165,8 @@ def test_within_budget(interpreter: ProcessPoolExecutor, case: Case) -> None:
         {"causal": "bottom_right", "sq": 70, "sk": 20, "d": 16},  # the first 50 rows see nothing
         {"causal": "top_left", "sq": 20, "sk": 70, "d": 16},  # the last 50 keys are seen by nothing
         {"causal": "bottom_right", "sq": 40, "sk": 1, "d": 16},
+        {"causal": "top_left", "window": 40, "sq": 129, "sk": 97, "d": 8},  # edges on both sides of whole blocks
+        {"window": 33, "layout": "padded", "sq": 97, "sk": 100, "d": 7},
         {"dtype": "fp32", "sq": 5, "sk": 17, "d": 256},
         {"dist": "large_logits", "dtype": "fp16", "sq": 40, "sk": 50, "d": 128, "layout": "padded"},
         {"b": 2, "hq": 3, "hk": 1, "sq": 33, "sk": 17, "d": 8, "dlse": 1},

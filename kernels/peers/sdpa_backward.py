@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams
 from torch.nn.attention import sdpa_kernel
 
-from vbench.backend import Device, Kernel, Launch
+from vbench.backend import Device, Kernel, Launch, refuse_beyond
 from vbench.errors import Unsupported
-from vbench.kernels.peers.sdpa import BACKENDS, CAN_USE, expand_heads, lower_right_mask
+from vbench.kernels.peers.sdpa import BACKENDS, CAN_USE, PARAMETERS, expand_heads, lower_right_mask
 from vbench.spec import Case, Numerics
 
 #: Backends that take fewer key heads than query heads. For the others K and V are repeated in the forward, and the
@@ -159,13 +159,15 @@ class MathBackward:
 
 
 def make(case: Case, variant: str, device: Device) -> Kernel:
-    """Raises Unsupported: ``unknown_variant``; ``needs_cuda``; ``no_lse_gradient`` (SDPA returns no log-sum-exp);
-    ``alignment_not_offered``: the fused operators know one causal alignment each, flash on CUDA bottom right, the
-    others top left, which differ where sq != sk; ``head_dim_not_multiple_of_8`` (SDPA pads such heads in a forward,
-    and slices their gradients, outside the operators timed here).
+    """Raises Unsupported: ``parameter_not_taken``; ``unknown_variant``; ``needs_cuda``; ``no_lse_gradient`` (SDPA
+    returns no log-sum-exp); ``alignment_not_offered``: the fused operators know one causal alignment each, flash on
+    CUDA bottom right, the others top left, which differ where sq != sk; ``peer_documents_nothing``;
+    ``head_dim_not_multiple_of_8`` (SDPA pads such heads in a forward, and slices their gradients, outside the operators
+    timed here).
 
     Numerics: see ``sdpa.make``; weights and score gradients are rounded to the input's dtype by the fused backends.
     """
+    refuse_beyond(case, PARAMETERS)
     if variant not in BACKENDS:
         raise Unsupported("unknown_variant", f"{variant!r} is not one of {', '.join(BACKENDS)}")
     if device == "cpu" and variant in ("sdpa_cudnn", "sdpa_efficient"):

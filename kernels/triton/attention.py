@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vbench.backend import Device, Kernel, Launch
+from vbench.backend import Device, Kernel, Launch, refuse_beyond
 from vbench.errors import Unsupported
 from vbench.kernels.triton.attention_tiles import INTERPRETED, Tile, choose, heads_per_group, padded_head_dim
 from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics
 
 VARIANTS = ("", "gluon")
+#: Parameters of a case that the Gluon kernels take, and those that the plain ones take.
+GLUON_PARAMETERS = ("dtype", "causal", "dist", "layout", "dlse", "b", "hq", "hk", "sq", "sk", "d")
+PLAIN_PARAMETERS = (*GLUON_PARAMETERS, "window", "softcap")
 MAX_HEAD_DIM = 256
 #: Largest offset, in elements, inside one block of rows.
 MAX_BLOCK_SPAN = 2**31 - 1
@@ -34,6 +37,8 @@ class Shape:
     d: int
     dtype: str
     causal: str
+    window: int = 0
+    softcap: int = 0
 
     @classmethod
     def of(cls, case: Case) -> Shape:
@@ -50,7 +55,9 @@ class Shape:
             raise Unsupported("heads_not_multiple", f"hq={axes['hq']} must be a multiple of hk={axes['hk']}")
         if axes["d"] > MAX_HEAD_DIM:
             raise Unsupported("head_dim_above_256", f"d={axes['d']}: its accumulator would not fit the registers")
-        return cls(**axes, dtype=case.text("dtype"), causal=case.text("causal"))
+        given = dict(case.params)
+        rule = {name: int(given.get(name, 0)) for name in ("window", "softcap")}
+        return cls(**axes, **rule, dtype=case.text("dtype"), causal=case.text("causal"))
 
     @property
     def shift(self) -> int:
@@ -58,9 +65,33 @@ class Shape:
         return self.sk - self.sq if self.causal == "bottom_right" else 0
 
     @property
+    def above(self) -> int:
+        """Row i sees keys j <= i + above where ``bounded``."""
+        return self.shift if self.causal != "none" else self.window - 1
+
+    @property
+    def below(self) -> int:
+        """Row i sees keys j >= i - below where there is a window."""
+        return self.window - 1 - self.shift
+
+    @property
+    def bounded(self) -> bool:
+        return self.causal != "none" or self.window > 0
+
+    @property
     def exponent_scale(self) -> float:
         """log2(e) / sqrt(d): weights are powers of two of scaled scores."""
         return math.log2(math.e) / math.sqrt(self.d)
+
+    @property
+    def cap_exponent(self) -> float:
+        """2 log2(e) / (sqrt(d) cap), of which the tanh of a product is made; 0 without a cap."""
+        return 2 * self.exponent_scale / self.softcap if self.softcap else 0.0
+
+    @property
+    def tanh_scale(self) -> float:
+        """log2(e) times the cap: what an exponent is of a capped score's tanh; without a cap ``exponent_scale``."""
+        return self.softcap * math.log2(math.e) if self.softcap else self.exponent_scale
 
 
 def check_tensors(shape: Shape, inputs: Mapping[str, Any], out: Mapping[str, Any], device: Device) -> None:
@@ -182,7 +213,7 @@ class PlainForward:
             shape.d,
             shape.sq,
             shape.sk,
-            causal=shape.causal != "none",
+            causal=shape.bounded,
             descriptors=descriptors,
             shared_227kb=self.copy_engine,
         )
@@ -211,15 +242,17 @@ class PlainForward:
         per_kv = shape.hq // shape.hk
         grid = (heads * -(-shape.sq // tile.block_m),)
         group = heads_per_group(heads, per_kv, shape.sk, shape.d, q.element_size())
-        sizes = (shape.hq, per_kv, shape.sq, shape.sk, shape.shift, heads, group)
+        sizes = (shape.hq, per_kv, shape.sq, shape.sk, shape.above, shape.below, heads, group)
         strides = (*q.stride(), *k.stride(), *v.stride(), *out_tensor.stride(), *lse.stride())
-        arguments = (q, k_source, v_source, out_tensor, lse, shape.exponent_scale, *sizes, *strides)
+        arguments = (q, k_source, v_source, out_tensor, lse, shape.tanh_scale, shape.cap_exponent, *sizes, *strides)
         constants: dict[str, Any] = {
             "D": shape.d,
             "BLOCK_D": width,
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
-            "CAUSAL": shape.causal != "none",
+            "BOUNDED": shape.bounded,
+            "WINDOW": shape.window > 0,
+            "SOFTCAP": shape.softcap > 0,
             "DESCRIPTORS": descriptors,
             "EMULATE": self.interpreted,
             # "ieee" keeps fp32 products exact; Triton's default would silently round operands to tf32.
@@ -243,7 +276,7 @@ def make(case: Case, variant: str, device: Device) -> Kernel:
 
     Raises:
         Unsupported: ``unknown_variant``; ``interpreter_off`` (device cpu without TRITON_INTERPRET=1);
-            ``gpu_before_sm_80``; and what ``Shape.of`` and the Gluon kernel refuse.
+            ``gpu_before_sm_80``; ``parameter_not_taken``; and what ``Shape.of`` and the Gluon kernel refuse.
     """
     shape = Shape.of(case)
     if variant not in VARIANTS:
@@ -251,7 +284,9 @@ def make(case: Case, variant: str, device: Device) -> Kernel:
     if variant == "gluon":
         from vbench.kernels.triton.attention_gluon_host import make_gluon
 
+        refuse_beyond(case, GLUON_PARAMETERS)
         return make_gluon(shape, device)
+    refuse_beyond(case, PLAIN_PARAMETERS)
     interpreted, copy_engine = plain_machine(device)
     return PlainForward(shape, device, interpreted, copy_engine, plain_numerics(shape))
 

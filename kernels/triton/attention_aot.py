@@ -83,7 +83,9 @@ def _compile_plain(config: Configuration, tile: Tile) -> Any:
         "BLOCK_D": width,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "CAUSAL": config.causal,
+        "BOUNDED": config.causal,
+        "WINDOW": False,
+        "SOFTCAP": False,
         "DESCRIPTORS": config.descriptors,
         "EMULATE": False,
         "PRECISION": "ieee" if config.dtype == "fp32" else "tf32",
@@ -100,7 +102,7 @@ def _compile_plain(config: Configuration, tile: Tile) -> Any:
         elif name.endswith(("_ptr", "_source")):
             signature[name] = "*fp32" if name == "lse_ptr" else f"*{config.dtype}"
             attributes[(index,)] = [["tt.divisibility", 16]]
-        elif name == "exponent_scale":
+        elif name in ("exponent_scale", "cap_exponent"):
             signature[name] = "fp32"
         else:
             signature[name] = "i32"

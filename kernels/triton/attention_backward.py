@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vbench.backend import Device, Kernel, Launch
+from vbench.backend import Device, Kernel, Launch, refuse_beyond
 from vbench.errors import Unsupported
 from vbench.kernels.triton.attention import (
+    PLAIN_PARAMETERS,
     Shape,
     block_source,
     check_all,
@@ -129,11 +130,11 @@ class PlainBackward:
             *row_strides, *((0, 0, 0) if dlse is None else dlse.stride()),
         )  # fmt: skip
         # Q and dO of a key head's query heads are what its blocks share: as many bytes as per_kv heads of K and V.
-        sizes = (shape.hq, per_kv, shape.sq, shape.sk, shape.shift)
+        sizes = (shape.hq, per_kv, shape.sq, shape.sk, shape.above, shape.below)
         query_group = heads_per_group(heads, per_kv, shape.sk, shape.d, q.element_size())
         key_group = heads_per_group(kv_heads, 1, shape.sq * per_kv, shape.d, q.element_size())
         strides = (*q.stride(), *k.stride(), *v.stride(), *dout.stride())
-        scales = (shape.exponent_scale, shape.d**-0.5)
+        scales = (shape.tanh_scale, shape.cap_exponent, shape.d**-0.5)
 
         def sources(tile: Tile) -> tuple[Any, ...]:
             rows = (tile.block_m, tile.block_n, tile.block_n, tile.block_m)
@@ -149,7 +150,9 @@ class PlainBackward:
         )  # fmt: skip
         shared: dict[str, Any] = {"D": shape.d, "BLOCK_D": width, "EMULATE": self.interpreted}
         walk = shared | {
-            "CAUSAL": shape.causal != "none",
+            "BOUNDED": shape.bounded,
+            "WINDOW": shape.window > 0,
+            "SOFTCAP": shape.softcap > 0,
             "DESCRIPTORS": descriptors,
             # "ieee" keeps fp32 products exact; Triton's default would silently round operands to tf32.
             "PRECISION": "ieee" if shape.dtype == "fp32" else "tf32",
@@ -182,10 +185,12 @@ def make(case: Case, variant: str, device: Device) -> Kernel:
         variant: ``""`` plain Triton (sm_80 and later, or the interpreter on a CPU).
 
     Raises:
-        Unsupported: ``unknown_variant``; what ``Shape.of`` and ``attention.plain_machine`` refuse.
+        Unsupported: ``unknown_variant``; ``parameter_not_taken``; what ``Shape.of`` and ``attention.plain_machine``
+            refuse.
     """
     shape = Shape.of(case)
     if variant not in VARIANTS:
         raise Unsupported("unknown_variant", f"{variant!r} is not one of {VARIANTS}")
+    refuse_beyond(case, PLAIN_PARAMETERS)
     interpreted, copy_engine = plain_machine(device)
     return PlainBackward(shape, device, interpreted, copy_engine, plain_numerics(shape))

@@ -62,7 +62,9 @@ def compile_configuration(config: BackwardConfiguration) -> Any:
         "BLOCK_D": width,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "CAUSAL": config.causal,
+        "BOUNDED": config.causal,
+        "WINDOW": False,
+        "SOFTCAP": False,
         "DESCRIPTORS": config.descriptors,
         "EMULATE": False,
         "PRECISION": "ieee" if config.dtype == "fp32" else "tf32",
@@ -79,7 +81,7 @@ def compile_configuration(config: BackwardConfiguration) -> Any:
         elif name.endswith(("_ptr", "_source")):
             signature[name] = "*fp32" if name in FP32_POINTERS else f"*{config.dtype}"
             attributes[(index,)] = [["tt.divisibility", 16]]
-        elif name in ("exponent_scale", "scale"):
+        elif name in ("exponent_scale", "cap_exponent", "scale"):
             signature[name] = "fp32"
         else:
             signature[name] = "i32"

@@ -15,12 +15,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vbench.kernels.triton.attention_forward import _load_block, _round_to_storage
+from vbench.kernels.triton.attention_forward import _capped, _load_block, _round_to_storage
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 #: Sizes that only count, on which nothing should be specialised.
-COUNTS = ["hq", "heads_per_kv", "sq", "sk", "shift", "heads", "heads_per_group", "padded_rows"]
+COUNTS = ["hq", "heads_per_kv", "sq", "sk", "above", "below", "heads", "heads_per_group", "padded_rows"]
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -99,8 +99,10 @@ def _walk_keys(
     first_key,
     last_key,
     sk,
+    visible_from,
     visible_until,
     exponent_scale,
+    cap_exponent,
     stride_ks,
     stride_vs,
     k_offsets,
@@ -108,13 +110,15 @@ def _walk_keys(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     MASKED: tl.constexpr,
     EMULATE: tl.constexpr,
     STORAGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add to dq (unscaled) the keys ``first_key`` to ``last_key`` - 1. Row r sees keys < visible_until[r]."""
+    """Add to dq (unscaled) the keys ``first_key`` to ``last_key`` - 1; the mask as in ``attention_forward._attend``."""
     for key in tl.range(first_key, last_key, BLOCK_N):
         key = tl.multiple_of(key, BLOCK_N)
         k = _load_block(
@@ -125,12 +129,18 @@ def _walk_keys(
         )
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        if SOFTCAP:
+            s = _capped(s, cap_exponent)
         z = s * exponent_scale - exponent[:, None]
         if MASKED:
             keys = key + tl.arange(0, BLOCK_N)
             z = tl.where(keys[None, :] < visible_until[:, None], z, -float("inf"))
+            if WINDOW:
+                z = tl.where(keys[None, :] >= visible_from[:, None], z, -float("inf"))
         p = tl.exp2(z)
         ds = p * (dp - delta[:, None])
+        if SOFTCAP:
+            ds = ds * (1.0 - s * s)
         ds = _round_to_storage(ds, STORAGE) if EMULATE else ds.to(STORAGE)
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
     return dq
@@ -146,12 +156,14 @@ def gradient_of_queries(
     delta_ptr,
     dq_ptr,
     exponent_scale,
+    cap_exponent,
     scale,
     hq,
     heads_per_kv,
     sq,
     sk,
-    shift,
+    above,
+    below,
     heads,
     heads_per_group,
     padded_rows,
@@ -179,7 +191,9 @@ def gradient_of_queries(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -190,8 +204,8 @@ def gradient_of_queries(
         *_source: pointers, or rank-4 tensor descriptors with block [1, 1, BLOCK_M, BLOCK_D] of q and dout and
             [1, 1, BLOCK_N, BLOCK_D] of k and v.
         exponent_ptr, delta_ptr: of ``prepare_rows``.
-        exponent_scale: log2(e) / sqrt(D). ``scale``: 1 / sqrt(D). Both float32.
-        shift: CAUSAL lets row i see keys j <= i + shift.
+        exponent_scale, cap_exponent, above, below, BOUNDED, WINDOW, SOFTCAP: as in the forward.
+        scale: 1 / sqrt(D), float32.
         heads: batch * hq. ``heads_per_group``: heads walked together, so that their K and V stay in the L2 cache.
         stride_g*: of dout. stride_o*: of dq.
     """
@@ -244,26 +258,39 @@ def gradient_of_queries(
     )
     STORAGE: tl.constexpr = dq_ptr.dtype.element_ty
 
-    if CAUSAL:
-        visible_until = tl.minimum(rows + (shift + 1), sk)
-        all_see = tl.minimum(first_row + (shift + 1), sk)
-        any_sees = tl.minimum(first_row + BLOCK_M + shift, sk)
+    if BOUNDED:
+        visible_until = tl.minimum(rows + (above + 1), sk)
+        all_see = tl.minimum(first_row + (above + 1), sk)
+        any_sees = tl.minimum(first_row + BLOCK_M + above, sk)
     else:
         visible_until = tl.zeros([BLOCK_M], tl.int32) + sk
         all_see = sk
         any_sees = sk
     whole_end = tl.maximum(all_see // BLOCK_N, 0) * BLOCK_N
+    visible_from = rows - below
+    whole_begin = 0
+    if WINDOW:
+        begin = tl.maximum(first_row - below, 0) // BLOCK_N * BLOCK_N
+        edge_end = tl.cdiv(tl.maximum(first_row + BLOCK_M - 1 - below, 0), BLOCK_N) * BLOCK_N
+        whole_begin = tl.minimum(edge_end, tl.maximum(whole_end, begin))
+        whole_end = tl.maximum(whole_end, whole_begin)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if WINDOW:
+        dq = _walk_keys(
+            dq, q, dout, exponent, delta, k_base, v_base, batch, kv_head, begin, whole_begin, sk, visible_from,
+            visible_until, exponent_scale, cap_exponent, stride_ks, stride_vs, k_offsets, v_offsets,
+            D, BLOCK_D, BLOCK_N, WINDOW, SOFTCAP, DESCRIPTORS, True, EMULATE, STORAGE, PRECISION,
+        )  # fmt: skip
     dq = _walk_keys(
-        dq, q, dout, exponent, delta, k_base, v_base, batch, kv_head, 0, whole_end, sk, visible_until,
-        exponent_scale, stride_ks, stride_vs, k_offsets, v_offsets,
-        D, BLOCK_D, BLOCK_N, DESCRIPTORS, False, EMULATE, STORAGE, PRECISION,
+        dq, q, dout, exponent, delta, k_base, v_base, batch, kv_head, whole_begin, whole_end, sk, visible_from,
+        visible_until, exponent_scale, cap_exponent, stride_ks, stride_vs, k_offsets, v_offsets,
+        D, BLOCK_D, BLOCK_N, WINDOW, SOFTCAP, DESCRIPTORS, False, EMULATE, STORAGE, PRECISION,
     )  # fmt: skip
     dq = _walk_keys(
-        dq, q, dout, exponent, delta, k_base, v_base, batch, kv_head, whole_end, any_sees, sk, visible_until,
-        exponent_scale, stride_ks, stride_vs, k_offsets, v_offsets,
-        D, BLOCK_D, BLOCK_N, DESCRIPTORS, True, EMULATE, STORAGE, PRECISION,
+        dq, q, dout, exponent, delta, k_base, v_base, batch, kv_head, whole_end, any_sees, sk, visible_from,
+        visible_until, exponent_scale, cap_exponent, stride_ks, stride_vs, k_offsets, v_offsets,
+        D, BLOCK_D, BLOCK_N, WINDOW, SOFTCAP, DESCRIPTORS, True, EMULATE, STORAGE, PRECISION,
     )  # fmt: skip
 
     dq = dq * scale
@@ -290,7 +317,9 @@ def _walk_rows(
     last_row,
     sq,
     sees_from,
+    sees_to,
     exponent_scale,
+    cap_exponent,
     stride_qs,
     stride_gs,
     q_offsets,
@@ -299,8 +328,10 @@ def _walk_rows(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
     MASK_ROWS: tl.constexpr,
     EMULATE: tl.constexpr,
     STORAGE: tl.constexpr,
@@ -308,10 +339,10 @@ def _walk_rows(
 ):
     """Add to dk (unscaled) and dv the query rows ``first_row`` to ``last_row`` - 1 of one head.
 
-    Key c is seen by rows >= sees_from[c] where CAUSAL. Rows >= ``sq`` have exponent +inf, so weight 0; MASK_ROWS keeps
-    pointers from reading them. A key >= sk was read as zeros and may get an infinite weight: its gradients are not
-    stored. Everything is held transposed, [keys, rows], so that the weights and score gradients are left operands,
-    which the matrix units take from registers.
+    MASKED: key c of the block is seen by rows >= sees_from + c, and with WINDOW by rows <= sees_to + c only. Rows >=
+    ``sq`` have exponent +inf, so weight 0; MASK_ROWS keeps pointers from reading them. A key >= sk was read as zeros
+    and may get an infinite weight: its gradients are not stored. Everything is held transposed, [keys, rows], so that
+    the weights and score gradients are left operands, which the matrix units take from registers.
     """
     for row in tl.range(first_row, last_row, BLOCK_M):
         row = tl.multiple_of(row, BLOCK_M)
@@ -321,10 +352,15 @@ def _walk_rows(
         )
         exponent = tl.load(exponent_ptr + rows)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        if SOFTCAP:
+            s = _capped(s, cap_exponent)
         z = s * exponent_scale - exponent[None, :]
-        if CAUSAL:
+        if MASKED:
             first_seen_by = tl.arange(0, BLOCK_N) + (sees_from - row)
             z = tl.where(tl.arange(0, BLOCK_M)[None, :] >= first_seen_by[:, None], z, -float("inf"))
+            if WINDOW:
+                last_seen_by = tl.arange(0, BLOCK_N) + (sees_to - row)
+                z = tl.where(tl.arange(0, BLOCK_M)[None, :] <= last_seen_by[:, None], z, -float("inf"))
         p = tl.exp2(z)
         dout = _load_block(
             dout_source, batch, head, row, stride_gs, g_offsets, sq, D, BLOCK_D, BLOCK_M, DESCRIPTORS, MASK_ROWS,
@@ -335,6 +371,8 @@ def _walk_rows(
         dv = tl.dot(weights, dout, dv, input_precision=PRECISION)
         delta = tl.load(delta_ptr + rows)
         ds = p * (dp - delta[None, :])
+        if SOFTCAP:
+            ds = ds * (1.0 - s * s)
         ds = _round_to_storage(ds, STORAGE) if EMULATE else ds.to(STORAGE)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
     return dk, dv
@@ -351,12 +389,14 @@ def gradient_of_keys(
     dk_ptr,
     dv_ptr,
     exponent_scale,
+    cap_exponent,
     scale,
     hq,
     heads_per_kv,
     sq,
     sk,
-    shift,
+    above,
+    below,
     heads,
     heads_per_group,
     padded_rows,
@@ -388,7 +428,9 @@ def gradient_of_keys(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -419,17 +461,27 @@ def gradient_of_keys(
     columns = tl.arange(0, BLOCK_D)
     STORAGE: tl.constexpr = dk_ptr.dtype.element_ty
 
-    # Key j is seen by rows i >= j - shift. Blocks of rows that see some of these keys, then those that see all.
-    sees_from = first_key - shift
-    if CAUSAL:
-        any_from = tl.minimum(tl.maximum(first_key - shift, 0), sq) // BLOCK_M * BLOCK_M
-        all_from = tl.cdiv(tl.maximum(tl.minimum(first_key + BLOCK_N, sk) - 1 - shift, 0), BLOCK_M) * BLOCK_M
+    # Key j is seen by rows j - above to j + below. Blocks of rows that see some of these keys, those that see all, and
+    # again some: a window's lower edge, or the last rows, which pointers must not read past. (The copy engine fills
+    # what is beyond sq with zeros.)
+    sees_from = first_key - above
+    sees_to = first_key + below
+    if BOUNDED:
+        any_from = tl.minimum(tl.maximum(sees_from, 0), sq) // BLOCK_M * BLOCK_M
+        all_from = tl.cdiv(tl.maximum(tl.minimum(first_key + BLOCK_N, sk) - 1 - above, 0), BLOCK_M) * BLOCK_M
         all_from = tl.minimum(all_from, tl.cdiv(sq, BLOCK_M) * BLOCK_M)
     else:
         any_from = 0
         all_from = 0
-    # The copy engine fills the rows beyond sq with zeros; pointers need a mask for the last block.
-    whole_end = sq if DESCRIPTORS else tl.maximum(sq // BLOCK_M * BLOCK_M, all_from)
+    any_until = sq
+    all_until = sq
+    if WINDOW:
+        any_until = tl.maximum(tl.minimum(tl.minimum(first_key + BLOCK_N, sk) + below, sq), any_from)
+        all_until = tl.maximum(tl.minimum(sees_to + 1, sq), 0) // BLOCK_M * BLOCK_M
+        all_from = tl.minimum(all_from, tl.cdiv(any_until, BLOCK_M) * BLOCK_M)
+    if not DESCRIPTORS:
+        all_until = tl.minimum(all_until, sq // BLOCK_M * BLOCK_M)
+    all_until = tl.maximum(all_until, all_from)
 
     if DESCRIPTORS:
         k_base = k_source
@@ -465,22 +517,25 @@ def gradient_of_keys(
         else:
             q_base = q_source + batch64 * stride_qb + head * tl.cast(stride_qh, tl.int64)
             g_base = dout_source + batch64 * stride_gb + head * tl.cast(stride_gh, tl.int64)
-        if CAUSAL:
+        if BOUNDED:
             dk, dv = _walk_rows(
                 dk, dv, k, v, q_base, g_base, exponent_ptr + of_head, delta_ptr + of_head, batch, head,
-                any_from, all_from, sq, sees_from, exponent_scale, stride_qs, stride_gs, q_offsets, g_offsets,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, DESCRIPTORS, True, True, EMULATE, STORAGE, PRECISION,
+                any_from, all_from, sq, sees_from, sees_to, exponent_scale, cap_exponent,
+                stride_qs, stride_gs, q_offsets, g_offsets,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, WINDOW, SOFTCAP, DESCRIPTORS, True, True, EMULATE, STORAGE, PRECISION,
             )  # fmt: skip
         dk, dv = _walk_rows(
             dk, dv, k, v, q_base, g_base, exponent_ptr + of_head, delta_ptr + of_head, batch, head,
-            all_from, whole_end, sq, sees_from, exponent_scale, stride_qs, stride_gs, q_offsets, g_offsets,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, DESCRIPTORS, False, False, EMULATE, STORAGE, PRECISION,
+            all_from, all_until, sq, sees_from, sees_to, exponent_scale, cap_exponent,
+            stride_qs, stride_gs, q_offsets, g_offsets,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, WINDOW, SOFTCAP, DESCRIPTORS, False, False, EMULATE, STORAGE, PRECISION,
         )  # fmt: skip
-        if not DESCRIPTORS:
+        if WINDOW or not DESCRIPTORS:
             dk, dv = _walk_rows(
                 dk, dv, k, v, q_base, g_base, exponent_ptr + of_head, delta_ptr + of_head, batch, head,
-                whole_end, sq, sq, sees_from, exponent_scale, stride_qs, stride_gs, q_offsets, g_offsets,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, DESCRIPTORS, False, True, EMULATE, STORAGE, PRECISION,
+                all_until, any_until, sq, sees_from, sees_to, exponent_scale, cap_exponent,
+                stride_qs, stride_gs, q_offsets, g_offsets,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, WINDOW, SOFTCAP, DESCRIPTORS, WINDOW, True, EMULATE, STORAGE, PRECISION,
             )  # fmt: skip
 
     dk = dk * scale
