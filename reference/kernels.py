@@ -16,7 +16,11 @@ from vbench.backend import Device, Kernel, Launch
 from vbench.errors import Unsupported
 from vbench.reference.attention import ScoreRule, attention_float64
 from vbench.reference.attention_backward import backward_float64
+from vbench.reference.block import block_float64
+from vbench.reference.fetch import fetched
 from vbench.reference.fp4 import decode_float64, dequantize, quantize
+from vbench.reference.insight import chain_float64
+from vbench.reference.int8 import int8_float64
 from vbench.reference.linear import activate
 from vbench.reference.sampling import torch_dtype
 from vbench.reference.tiers import replay
@@ -117,3 +121,34 @@ def make_tier_stack(case: Case, variant: str, device: Device) -> Kernel:
     """Replay of the trace on dictionaries; capacities are obeyed, nothing moves between real devices."""
     _only_default(variant)
     return OracleKernel(lambda inputs: replay(dict(inputs)), ("values", "found_level", "level_bytes", "hits"))
+
+
+def make_tier_fetch(case: Case, variant: str, device: Device) -> Kernel:
+    """A packed or raw weight in host memory -> weight [n, k] in dtype y on the device."""
+    _only_default(variant)
+    return OracleKernel(lambda inputs: {"weight": fetched(case, dict(inputs))}, ("weight",))
+
+
+def make_decoder_block(case: Case, variant: str, device: Device) -> Kernel:
+    """The block's tensors -> y [b s, hidden] in dtype x, one rounding at the end."""
+    _only_default(variant)
+    return OracleKernel(lambda inputs: {"y": block_float64(case, dict(inputs))}, ("y",))
+
+
+def make_int8_linear(case: Case, variant: str, device: Device) -> Kernel:
+    """x [m, k] and an int8 weight [n, k] -> y [m, n] in x's dtype, one rounding."""
+    _only_default(variant)
+    return OracleKernel(lambda inputs: {"y": int8_float64(case, dict(inputs))}, ("y",))
+
+
+def make_svd(case: Case, variant: str, device: Device) -> Kernel:
+    """a [m, n] -> its singular values, by LAPACK in float64 on the host."""
+    _only_default(variant)
+    return OracleKernel(lambda inputs: {"values": torch.linalg.svdvals(inputs["a"].cpu().double())}, ("values",))
+
+
+def make_chain(case: Case, variant: str, device: Device) -> Kernel:
+    """x [n] -> y [n] after the case's steps."""
+    _only_default(variant)
+    steps = case.axis("steps")
+    return OracleKernel(lambda inputs: {"y": chain_float64(inputs["x"], steps)[0]}, ("y",))

@@ -62,6 +62,11 @@ def _checks() -> tuple[Case, ...]:
             )
         ),
         op.case(dtype="fp32", dist="large_logits", softcap=50, hq=1, hk=1, sq=17, sk=33, d=16),
+        # All of that at once, small enough for a simulator.
+        *(
+            op.case(dtype=dtype, causal=causal, layout="padded", hq=2, hk=1, sq=9, sk=5, d=6)
+            for dtype, causal in zip(DTYPES, ("bottom_right", "top_left", "none"), strict=True)
+        ),
         # What must be refused.
         op.case(hq=3, hk=2, sq=4, sk=4, d=16),
         op.case(hq=1, hk=1, sq=0, sk=4, d=16),

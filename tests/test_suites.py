@@ -15,13 +15,14 @@ from hypothesis.strategies import SearchStrategy
 
 from vbench.reference.ops import OPS
 from vbench.reference.ops.attention import LAYOUTS
-from vbench.reference.ops.fp4 import FORMATS, packed_bytes
+from vbench.reference.ops.block import layers
+from vbench.reference.ops.fp4 import ENCODINGS, FORMATS, MXFP4_ENCODINGS, packed_bytes
 from vbench.reference.ops.types import DTYPES
 from vbench.spec import Case, Op, Suite, resolve
-from vbench.suites import attention, fp4, model, strategies, tier
-from vbench.suites.models import ATTENTIONS, LINEARS, distinct_linears
+from vbench.suites import attention, fp4, model, rivals, strategies, tier
+from vbench.suites.models import ATTENTIONS, BLOCKS, LINEARS, distinct_linears
 
-SUITES = (fp4.SUITE, attention.SUITE, tier.SUITE, model.SUITE)
+SUITES = (fp4.SUITE, attention.SUITE, tier.SUITE, model.SUITE, rivals.SUITE)
 OPS_BY_NAME = {op.name: op for op in OPS}
 by_suite = pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.name)
 
@@ -32,6 +33,8 @@ STRATEGIES: dict[str, Callable[[], SearchStrategy[Case]]] = {
     "attention": strategies.attention_cases,
     "attention_backward": strategies.attention_backward_cases,
     "tier_stack": strategies.tier_cases,
+    "tier_fetch": strategies.tier_fetch_cases,
+    "int8_linear": strategies.int8_linear_cases,
 }
 
 
@@ -45,7 +48,13 @@ def elements(case: Case) -> int:
         return case.axis("b") * case.axis("hq") * case.axis("sq") * case.axis("sk") * case.axis("d")
     if case.op == "tier_stack":
         return case.axis("steps") * case.axis("item_bytes")
-    return case.axis("n") * case.axis("k") * (case.axis("m") if case.op == "fp4_linear" else 1)
+    if case.op == "decoder_block":
+        return 4 * case.axis("b") * case.axis("s") * case.axis("hidden") * max(case.axis("hidden"), case.axis("inner"))
+    if case.op == "svd":
+        return case.axis("m") * case.axis("n") * min(case.axis("m"), case.axis("n"))
+    if case.op == "elementwise_chain":
+        return case.axis("n") * case.axis("steps")
+    return case.axis("n") * case.axis("k") * (case.axis("m") if case.op.endswith("linear") else 1)
 
 
 def repeated(cases: list[Case]) -> list[str]:
@@ -103,7 +112,7 @@ def test_model_quick_is_one_layer() -> None:
 def test_check_cases_cover_formats_epilogues_alignments_and_masked_rows() -> None:
     checks = [case for suite in SUITES for case in suite.checks if op_of(case).reject(case) is None]
     of = {name: [case for case in checks if case.op == name] for name in OPS_BY_NAME}
-    assert {c.text("fmt") for c in of["fp4_quantize"]} == set(FORMATS)
+    assert {c.text("fmt") for c in of["fp4_quantize"]} == set(ENCODINGS)
     assert {(c.text("fmt"), c.text("y")) for c in of["fp4_dequantize"]} >= {(f, y) for f in FORMATS for y in DTYPES}
     epilogues = {(c.text("fmt"), c.text("act"), c.axis("bias")) for c in of["fp4_linear"]}
     assert len(epilogues) == len(FORMATS) * 4 * 2
@@ -121,12 +130,14 @@ def test_check_cases_cover_formats_epilogues_alignments_and_masked_rows() -> Non
 
 def test_each_op_has_a_case_that_must_be_refused_where_it_can_be() -> None:
     refused = {case.op for suite in SUITES for case in suite.checks if op_of(case).reject(case) is not None}
-    assert refused == {"fp4_quantize", "fp4_dequantize", "fp4_linear", "attention", "attention_backward"}
+    assert refused == set(OPS_BY_NAME) - {"tier_stack"}
 
 
 def test_check_cases_are_small_but_for_the_metric_ones() -> None:
-    large = [case for suite in SUITES for case in suite.checks if elements(case) > 70_000]
-    assert len(large) == len(FORMATS) * len(fp4.METRIC_DISTRIBUTIONS) + 2 + 4
+    blocks = [case for case in model.SUITE.checks if case.op == "decoder_block"]
+    assert len(blocks) <= 10 and all(elements(case) < 1_000_000 for case in blocks)
+    large = [case for suite in SUITES for case in suite.checks if case not in blocks and elements(case) > 70_000]
+    assert len(large) == len(FORMATS) * len(fp4.METRIC_DISTRIBUTIONS) + len(MXFP4_ENCODINGS) + 2 + 4 + 2
     metric_sizes = ("n=512,k=512", "sq=256,sk=256", "item_bytes=4096")
     assert all(any(size in case.id for size in metric_sizes) for case in large)
 
@@ -178,6 +189,13 @@ def test_model_shapes_follow_from_their_configs() -> None:
         assert "config.json" in shape.source
         assert shape.k % 16 == 0, "nvfp4 must fit every layer the suite times in it"
     widths = {shape.model: shape.hq * shape.d for shape in ATTENTIONS}
+    # A block's layers are the model's.
+    for block in BLOCKS:
+        case = next(
+            b.case for b in model.SUITE.benches if b.source.startswith(f"{block.model} ") and "family" in b.case.id
+        )
+        own = {(layer.n, layer.k, layer.bias) for layer in layers(case)}
+        assert own == {(s.n, s.k, s.bias) for s in LINEARS if s.model == block.model}
     for shape in LINEARS:
         assert widths[shape.model] in (shape.n, shape.k), shape
     # All blocks' linear weights, as the published totals have them less embeddings, norms and biases: GPT-2 XL 1.56e9

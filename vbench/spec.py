@@ -130,19 +130,24 @@ class Numerics:
 
     Args:
         accumulate: unit of the sums: ``fp64``, ``fp32`` (IEEE, any order), ``tensor_core`` (truncating adder),
-            ``tf32`` (operands rounded to 11 significant bits), ``fp16`` or ``bf16`` (sums rounded to that type).
+            ``tf32`` (operands rounded to 11 significant bits), ``fp16`` or ``bf16`` (sums rounded to that type), or
+            ``int32`` (exact sums of small integers).
         operand_roundings: for each extra rounding an operand suffers before the product, the dtype it is rounded to.
             Example: weights decoded to a product that does not fit bf16 and is rounded to it -> ``("bf16",)``.
         probabilities: attention only: dtype the softmax weights are rounded to before P@V; in the backward also the
             weights before P^T dO, and the score gradients before dS K and dS^T Q.
         own_forward: attention backward only: takes softmax weights and output from a forward of its own, so that the
             rounding of the given ``out`` and ``lse`` separates it from the oracle, which reads them.
+        stores: for each rounding that a result suffers on its way to the next step of the same op (the sum of a linear
+            layer before bias or activation reads it, the tensors between the layers of a block), the dtype.
+            Example: F.linear in bf16, then gelu -> ``("bf16",)``.
     """
 
     accumulate: str = "fp32"
     operand_roundings: tuple[str, ...] = ()
     probabilities: str = "fp32"
     own_forward: bool = False
+    stores: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +187,10 @@ class Op:
         reject: returns (rule, message) for cases that have no meaning for any kernel, else ``None``; no torch.
         metrics: ``module:function(case, inputs, outputs, expected) -> dict[str, float]``: further figures.
         flops: floating-point operations of the mathematics (not of an implementation).
+        operands: narrowest operands an implementation may multiply; names the datasheet's rate for ``flops``.
         bytes: the fewest bytes that must cross device memory: each input read once, each output written once.
+        host_bytes: the fewest bytes that must come over the host's link; ``None`` for an op whose inputs lie on the
+            device.
     """
 
     name: str
@@ -194,7 +202,9 @@ class Op:
     reject: Callable[[Case], tuple[str, str] | None] = field(default=lambda case: None)
     metrics: str | None = None
     flops: Callable[[Case], int] | None = None
+    operands: Literal["16bit", "8bit"] = "16bit"
     bytes: Callable[[Case], int] | None = None
+    host_bytes: Callable[[Case], int] | None = None
 
     def case(self, *, seed: int = 0, **values: ParamValue) -> Case:
         """Build a validated case; parameters left out take their default.
@@ -269,13 +279,17 @@ class Generated:
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """Which cases to try. Fixed check cases are the ones no random draw may be trusted to hit."""
+    """Which cases to try. Fixed check cases are the ones no random draw may be trusted to hit.
+
+    ``compiles``: it also holds every configuration that the backends compile to (the ahead-of-time gate).
+    """
 
     name: str
     summary: str
     checks: tuple[Case, ...] = ()
     generated: tuple[Generated, ...] = ()
     benches: tuple[BenchCase, ...] = ()
+    compiles: bool = False
 
 
 def resolve(reference: str) -> Any:

@@ -78,7 +78,9 @@ class PlainBackward:
         if self.interpreted:
             return INTERPRETED, descriptors
         shape = self.shape
-        return choose(shape.dtype, shape.d, descriptors=descriptors, shared_227kb=self.copy_engine), descriptors
+        edges = shape.window > 0 or shape.softcap > 0
+        tiles = choose(shape.dtype, shape.d, descriptors=descriptors, shared_227kb=self.copy_engine, edges=edges)
+        return tiles, descriptors
 
     def bind(self, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> Launch:
         """Bind the inputs (any strides) to a launch that writes ``dq``, ``dk`` and ``dv``.

@@ -63,20 +63,26 @@ _DESCRIPTORS = {
 }
 
 
-def table(dtype: str, *, descriptors: bool, shared_227kb: bool) -> dict[int, BackwardTiles]:
+#: The same with a window or capped scores, whose steps hold more.
+_DESCRIPTORS_EDGES = _DESCRIPTORS | {128: BackwardTiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 3))}
+
+
+def table(dtype: str, *, descriptors: bool, shared_227kb: bool, edges: bool) -> dict[int, BackwardTiles]:
     """Padded head dim -> tiles, all that ``choose`` can return; the ahead-of-time compile check walks it."""
     if dtype == "fp32":
         return _FP32
     if descriptors:
-        return _DESCRIPTORS
+        return _DESCRIPTORS_EDGES if edges else _DESCRIPTORS
     return _POINTERS_227KB if shared_227kb else _POINTERS
 
 
-def choose(dtype: str, d: int, *, descriptors: bool, shared_227kb: bool) -> BackwardTiles:
+def choose(dtype: str, d: int, *, descriptors: bool, shared_227kb: bool, edges: bool) -> BackwardTiles:
     """The tiles for a head dim ``d`` of at most 256 in ``dtype`` (``bf16``, ``fp16`` or ``fp32``).
 
     Args:
         descriptors: blocks come through the bulk tensor copy engine.
         shared_227kb: a program may have 227 KB of shared memory.
+        edges: there is a window, or scores are capped.
     """
-    return table(dtype, descriptors=descriptors, shared_227kb=shared_227kb)[padded_head_dim(d)]
+    tables = table(dtype, descriptors=descriptors, shared_227kb=shared_227kb, edges=edges)
+    return tables[padded_head_dim(d)]
