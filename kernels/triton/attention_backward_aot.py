@@ -19,16 +19,16 @@ FP32_POINTERS = ("exponent_ptr", "delta_ptr")
 #: Innermost strides, 1 in contiguous tensors, which Triton then makes constants.
 INNERMOST = ("_qd", "_kd", "_vd", "_gd", "_od", "_md", "_wd")
 
-#: Local memory that a thread of the 16-bit kernel of dK and dV may have, bytes.
+#: Local memory that a thread may have, bytes.
 SPILL_BYTES = 32
 SPILL_REASON = (
-    "two accumulators, scores and weights of 64 x 64 take 240 of 255 registers at head dim 128, and ptxas keeps a few "
-    "addresses in local memory between the loops, inside which there is no access (docs/tuning/attention.md, Backward)"
+    "ptxas keeps a few addresses in local memory between the loops, inside which there is no access: at head dim 128 "
+    "accumulators, scores and weights take 240 of 255 registers (docs/tuning/attention.md, Plain backward)"
 )
 FP32_SPILL_BYTES = 512
 FP32_SPILL_REASON = (
     "an FMA product keeps whole rows of both operands in registers, more than there are at head dim 256 "
-    "(docs/tuning/attention.md, Backward)"
+    "(docs/tuning/attention.md, Plain backward)"
 )
 
 
@@ -86,11 +86,10 @@ def configuration(
     owned = tile.block_m if part == "queries" else tile.block_n
     unit: Unit = "ffma" if dtype == "fp32" else "hgmma" if arch == 90 and owned >= 64 else "hmma"
     bounds = {f"loop.{unit.upper()}": (1.0, math.inf)}
-    allowed, reason = 0, ""
+    allowed, reason = SPILL_BYTES, SPILL_REASON
     if dtype == "fp32" and d == 256 and part == "keys":
         allowed, reason = FP32_SPILL_BYTES, FP32_SPILL_REASON
-    elif dtype != "fp32" and part == "keys":
-        allowed, reason = SPILL_BYTES, SPILL_REASON
+    else:
         bounds["loop_spills"] = (0.0, 0.0)
     if descriptors:
         bounds["loop.UTMALDG"] = (1.0, math.inf)
