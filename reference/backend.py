@@ -16,6 +16,7 @@ BACKEND = DeclaredBackend(
         "fp4_dequantize": "vbench.reference.kernels:make_dequantize",
         "fp4_linear": "vbench.reference.kernels:make_linear",
         "attention": "vbench.reference.kernels:make_attention",
+        "attention_backward": "vbench.reference.kernels:make_attention_backward",
         "tier_stack": "vbench.reference.kernels:make_tier_stack",
     },
     timed=False,

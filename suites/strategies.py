@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from vbench.reference.ops.attention import ATTENTION, ATTENTION_DISTRIBUTIONS
+from vbench.reference.ops.attention import ATTENTION, ATTENTION_BACKWARD, ATTENTION_DISTRIBUTIONS, LAYOUTS
 from vbench.reference.ops.fp4 import (
     FORMAT_GROUPS,
     FORMATS,
@@ -117,30 +117,37 @@ def fp4_linear_cases() -> SearchStrategy[Case]:
 
 
 @st.composite
-def _attention(draw: st.DrawFn) -> Case:
+def _attention(draw: st.DrawFn, op: Op, extra: dict[str, SearchStrategy[Any]]) -> Case:
     hk = draw(st.integers(1, 2))
     values: dict[str, Any] = {
         "dtype": draw(st.sampled_from(DTYPES)),
         "causal": draw(st.sampled_from(("none", "top_left", "bottom_right"))),
         "dist": draw(st.sampled_from(ATTENTION_DISTRIBUTIONS)),
+        "layout": draw(st.sampled_from(LAYOUTS)),
         "b": draw(st.integers(1, 2)),
         "hq": hk * draw(st.integers(1, 3)),
         "hk": hk,
         "sq": draw(st.integers(1, 40)),
         "sk": draw(st.integers(1, 40)),
         "d": draw(st.one_of(st.sampled_from((8, 16, 32, 40)), st.integers(1, 40))),
+        **{name: draw(strategy) for name, strategy in extra.items()},
     }
-    if values["b"] * values["hq"] * values["sq"] == 1:
+    if values["b"] * min(values["hq"] * values["sq"], hk * values["sk"]) == 1:
         # A few outputs may all lie near their mean, which a kernel returning the mean would then have right.
         values["d"] = max(values["d"], MANY)
     if draw(st.integers(1, BAD_ONE_IN)) == BAD_ONE_IN:
         values |= draw(st.sampled_from(({"hq": 3, "hk": 2}, {"sq": 0}, {"sk": 0}, {"d": 0}, {"b": 0}, {"hk": 0})))
-    return ATTENTION.case(seed=draw(_seeds), **values)
+    return op.case(seed=draw(_seeds), **values)
 
 
 def attention_cases() -> SearchStrategy[Case]:
-    """attention: sq, sk, d <= 40, up to 6 query heads, both alignments, so that some draws mask whole rows."""
-    return _attention()
+    """attention: sq, sk, d <= 40, up to 6 query heads, every layout, both alignments; some draws mask whole rows."""
+    return _attention(ATTENTION, {})
+
+
+def attention_backward_cases() -> SearchStrategy[Case]:
+    """attention_backward: as the forward, with and without a gradient of lse."""
+    return _attention(ATTENTION_BACKWARD, {"dlse": st.integers(0, 1)})
 
 
 @st.composite

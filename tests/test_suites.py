@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from vbench.reference.ops import OPS
+from vbench.reference.ops.attention import LAYOUTS
 from vbench.reference.ops.fp4 import FORMATS, packed_bytes
 from vbench.reference.ops.types import DTYPES
 from vbench.spec import Case, Op, Suite, resolve
@@ -28,6 +30,7 @@ STRATEGIES: dict[str, Callable[[], SearchStrategy[Case]]] = {
     "fp4_dequantize": strategies.fp4_dequantize_cases,
     "fp4_linear": strategies.fp4_linear_cases,
     "attention": strategies.attention_cases,
+    "attention_backward": strategies.attention_backward_cases,
     "tier_stack": strategies.tier_cases,
 }
 
@@ -38,7 +41,7 @@ def op_of(case: Case) -> Op:
 
 def elements(case: Case) -> int:
     """The work of a check case, roughly: what an interpreter pays for."""
-    if case.op == "attention":
+    if case.op.startswith("attention"):
         return case.axis("b") * case.axis("hq") * case.axis("sq") * case.axis("sk") * case.axis("d")
     if case.op == "tier_stack":
         return case.axis("steps") * case.axis("item_bytes")
@@ -105,17 +108,20 @@ def test_check_cases_cover_formats_epilogues_alignments_and_masked_rows() -> Non
     epilogues = {(c.text("fmt"), c.text("act"), c.axis("bias")) for c in of["fp4_linear"]}
     assert len(epilogues) == len(FORMATS) * 4 * 2
     assert {c.text("x") for c in of["fp4_linear"] if c.text("dist") == "grid"} == set(DTYPES)
-    for causal in ("none", "top_left", "bottom_right"):
-        signs = {c.axis("sq") - c.axis("sk") > 0 for c in of["attention"] if c.text("causal") == causal}
-        assert signs == {False, True}
-    assert any(c.text("causal") == "bottom_right" and c.axis("sq") > c.axis("sk") for c in of["attention"])
-    assert any(c.axis("hq") > c.axis("hk") > 1 for c in of["attention"])
+    for name in ("attention", "attention_backward"):
+        for causal in ("none", "top_left", "bottom_right"):
+            signs = {c.axis("sq") - c.axis("sk") > 0 for c in of[name] if c.text("causal") == causal}
+            assert signs == {False, True}
+        assert any(c.text("causal") == "bottom_right" and c.axis("sq") > c.axis("sk") for c in of[name])
+        assert any(c.axis("hq") > c.axis("hk") > 1 for c in of[name])
+        assert {c.text("layout") for c in of[name]} == set(LAYOUTS)
+    assert {(c.axis("dlse"), c.text("dtype")) for c in of["attention_backward"]} == set(product((0, 1), DTYPES))
     assert {c.text("trace") for c in of["tier_stack"]} == {"mixed", "cyclic", "palindrome", "resident"}
 
 
 def test_each_op_has_a_case_that_must_be_refused_where_it_can_be() -> None:
     refused = {case.op for suite in SUITES for case in suite.checks if op_of(case).reject(case) is not None}
-    assert refused == {"fp4_quantize", "fp4_dequantize", "fp4_linear", "attention"}
+    assert refused == {"fp4_quantize", "fp4_dequantize", "fp4_linear", "attention", "attention_backward"}
 
 
 def test_check_cases_are_small_but_for_the_metric_ones() -> None:
@@ -146,7 +152,7 @@ def test_drawn_cases_are_valid_and_small(name: str, data: st.DataObject) -> None
         assert all(rejected)
     elif name == "fp4_linear":
         assert case.axis("m") * case.axis("n") >= strategies.MANY
-    elif name == "attention":
+    elif name.startswith("attention"):
         assert case.axis("b") * case.axis("hq") * case.axis("sq") * case.axis("d") > 1
     if name == "tier_stack":
         assert case.axis("file_bytes") >= case.axis("keys") * case.axis("item_bytes")

@@ -39,6 +39,8 @@ class Param:
         doc: meaning and unit.
         choices: admitted values of a ``choice``.
         default: used when a case leaves it out; ``None`` makes it mandatory.
+        quiet: left out of the case id at its default. For a parameter an op gains later: the ids of earlier cases, the
+            draws seeded by them and the records under them stay what they were.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Param:
     doc: str
     choices: tuple[str, ...] = ()
     default: ParamValue | None = None
+    quiet: bool = False
 
     def validate(self, op: str, value: ParamValue) -> ParamValue:
         """Return ``value`` in canonical form or raise CaseError."""
@@ -67,11 +70,13 @@ class Case:
     """An op with every parameter fixed. Build it with ``Op.case`` so that values are validated.
 
     ``id`` is stable and readable; ``hash`` is the short form shown in reports and taken by ``vbench repro``.
+    ``unsaid`` names the quiet parameters at their default, which the id leaves out.
     """
 
     op: str
     params: tuple[tuple[str, ParamValue], ...]
     seed: int = 0
+    unsaid: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> ParamValue:
         for key, value in self.params:
@@ -95,7 +100,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        inner = [f"{k}={v}" for k, v in self.params]
+        inner = [f"{k}={v}" for k, v in self.params if k not in self.unsaid]
         if self.seed:
             inner.append(f"seed={self.seed}")
         return f"{self.op}[{','.join(inner)}]"
@@ -128,12 +133,16 @@ class Numerics:
             ``tf32`` (operands rounded to 11 significant bits), ``fp16`` or ``bf16`` (sums rounded to that type).
         operand_roundings: for each extra rounding an operand suffers before the product, the dtype it is rounded to.
             Example: weights decoded to a product that does not fit bf16 and is rounded to it -> ``("bf16",)``.
-        probabilities: attention only: dtype the unnormalised softmax weights are rounded to before P@V.
+        probabilities: attention only: dtype the softmax weights are rounded to before P@V; in the backward also the
+            weights before P^T dO, and the score gradients before dS K and dS^T Q.
+        own_forward: attention backward only: takes softmax weights and output from a forward of its own, so that the
+            rounding of the given ``out`` and ``lse`` separates it from the oracle, which reads them.
     """
 
     accumulate: str = "fp32"
     operand_roundings: tuple[str, ...] = ()
     probabilities: str = "fp32"
+    own_forward: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,13 +206,14 @@ class Op:
         for name in values:
             if name not in known:
                 raise CaseError(f"{self.name} has no parameter {name!r}; it has {', '.join(sorted(known))}")
-        filled: list[tuple[str, ParamValue]] = []
+        filled: dict[str, ParamValue] = {}
         for p in self.params:
             value = values.get(p.name, p.default)
             if value is None:
                 raise CaseError(f"{self.name}: parameter {p.name!r} is missing")
-            filled.append((p.name, p.validate(self.name, value)))
-        return Case(self.name, tuple(filled), seed)
+            filled[p.name] = p.validate(self.name, value)
+        unsaid = tuple(p.name for p in self.params if p.quiet and filled[p.name] == p.default)
+        return Case(self.name, tuple(filled.items()), seed, unsaid)
 
     def parse(self, case_id: str) -> Case:
         """The case whose ``id`` is ``case_id``.

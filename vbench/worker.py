@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from vbench import check, environment, registry, sources, timing
@@ -116,7 +116,7 @@ class Worker:
         """The trivial kernels must fail this case's comparison, with the widest budget an own kernel may claim."""
         widest = Numerics("tensor_core", ("bf16",), "bf16")
         inputs, expected = self._expected(op, case, widest, None)
-        other = Case(case.op, case.params, case.seed + 1)
+        other = replace(case, seed=case.seed + 1)
         _, previous = self._expected(op, other, widest, None)
         survivors, excused = check.trivial_survivors(inputs, expected, previous)
         caught = len(check.TRIVIAL_KERNELS) - len(survivors) - len(excused)
@@ -239,7 +239,7 @@ class Worker:
         copies = timing.copies_needed(size + outputs_size, l2, free_bytes)
         bound = []
         for _ in range(copies):
-            some = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+            some = {k: check.copied(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
             out = check.poisoned(expected, self.device)
             bound.append((some, out, kernel.bind(some, out)))
         measured = timing.time_graph([b[2] for b in bound], copies * (size + outputs_size), self.monitor())
