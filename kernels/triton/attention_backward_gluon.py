@@ -1,19 +1,22 @@
 """Hopper attention backward in Gluon: sm_90a, D 64 or 128, bf16 or fp16. It cannot be interpreted.
 
 A program owns 128 keys of one K/V head, keeps dK and dV in registers and walks the queries of its head group in tiles
-of BLOCK_M rows (FlashAttention-2, Dao 2023, section 3.1.2; the register plan follows FlashAttention-3, Shah et al. 2024).
-Scores are kept transposed, keys by queries, so that P and dS leave the exponentials in the registers that wgmma takes as
-its left operand:
+of BLOCK_M rows (FlashAttention-2, Dao 2023, section 3.1.2; the register plan is that of FlashAttention-3, Shah et al.
+2024). Scores are kept transposed, keys by queries, so that P and dS leave the exponentials in the registers that wgmma
+takes as its left operand:
 
     S^T = K Q^T      P^T = exp2(S^T c - lse2)      dV += P^T dO
     dP^T = V dO^T    dS^T = P^T (dP^T - delta)     dK += dS^T Q      dQ += dS K
 
 Only dQ needs dS transposed; it goes through shared memory, and the product of one tile is added to a float32 workspace
 by the copy engine (a bulk reduction in the L2 cache). Tiles of different programs meet there in any order: dQ's last
-bits change from run to run. COMPUTE_DQ off leaves dQ to ``attention_backward_gluon_dq``, which is deterministic.
+bits change from run to run.
 
-wgmma groups retire in the order of issue. In each step the order is dP(j), dV(j), dQ(j), dK(j), S(j+1): the exponentials
-of j run under dP(j), the differences under dV(j), the trip of dQ(j) through shared memory under dK(j) and S(j+1).
+wgmma groups retire in the order of issue. A step goes from dS(j) to dS(j + 1) and issues dQ(j), dK(j), S(j + 1),
+dP(j + 1), dV(j + 1): the trip of dQ(j) through shared memory runs under dK(j) and S(j + 1), the exponentials under
+dP(j + 1), the differences under dV(j + 1). Nothing is in flight where the loop closes. ptxas runs all wgmma of a kernel
+one by one (its notes C7510 to C7515) where a result in flight around the loop is read, where an accumulator is written
+by anything but wgmma, or where registers are short; the order, and ``_opaque_zero``, are what keeps it from that.
 
 SPECIALISED: a producer partition issues the copies, and 8 warps of 240 registers consume. Otherwise the same 8 warps
 do both, which needs no barrier but those of the copies themselves.
@@ -26,8 +29,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
@@ -132,9 +133,7 @@ def _produce(
         if j == 0:
             _load_kv(v_desc, kv_smem.index(1), v_full, batch, kv_head, first_key)
         mbarrier.wait(do_empty.index(j % DO_STAGES), ((j // DO_STAGES) & 1) ^ 1)
-        _load_do(
-            do_desc, stats_desc, do_smem, stats_smem, do_full, j, batch, head, hq, block, BLOCK_M, DO_STAGES, True
-        )
+        _load_do(do_desc, stats_desc, do_smem, stats_smem, do_full, j, batch, head, hq, block, BLOCK_M, DO_STAGES, True)
         head, block = _next(head, block, first, first + tiles)
 
 
@@ -152,7 +151,9 @@ def _tile(smem, stage, ROWS: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _issue_scores(j, k, q_smem, q_full, s_layout: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr):
+def _issue_scores(
+    j, k, q_smem, q_full, s_layout: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr
+):
     """S^T(j) = K Q^T, in flight."""
     zeros = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, s_layout)
     mbarrier.wait(q_full.index(j % STAGES), (j // STAGES) & 1)
@@ -195,7 +196,7 @@ def _weigh(
     dp = warpgroup_mma_wait(num_outstanding=1, deps=[dp])
     delta = stats.index(1).load(columns)
     ds = p * (dp - delta[None, :])
-    # ptxas runs all wgmma one by one where the weights of dV stay in use around the loop.
+    # The weights of dV must not stay in use around the loop: ptxas finds no registers for that.
     dv = warpgroup_mma_wait(num_outstanding=0, deps=[dv])
     return ds, warpgroup_mma_init(dv)
 
@@ -251,9 +252,7 @@ def _step(
     zero = _opaque_zero(j)
     k = _tile(kv_smem, zero, BLOCK_N, D)
     v = _tile(kv_smem, zero + 1, BLOCK_N, D)
-    dq, dk = _issue_gradients(
-        j, ds, dk, k, q_smem, ds_smem, D, BLOCK_M, Q_STAGES, COMPUTE_DQ, KV_LAYOUT, DQ_LAYOUT
-    )
+    dq, dk = _issue_gradients(j, ds, dk, k, q_smem, ds_smem, D, BLOCK_M, Q_STAGES, COMPUTE_DQ, KV_LAYOUT, DQ_LAYOUT)
     s = _issue_scores(j + 1, k, q_smem, q_full, S_LAYOUT, D, BLOCK_M, Q_STAGES)
     _add_dq(dq, 2, (batch * hq + head) * sq_padded + block * BLOCK_M, dq_desc, dq_smem, COMPUTE_DQ)
     # Every thread has passed a barrier since dV(j), and since the last step's S(j), hence dK(j - 1), were done.
@@ -291,7 +290,9 @@ def _consume(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M, 16])
     KV_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, D, 16])
     # The eight warps share dQ by columns where it has 64 rows, else by rows.
-    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2] if BLOCK_M == 64 else [8, 1], [16, D // 2 if BLOCK_M == 64 else D, 16])
+    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [4, 2] if BLOCK_M == 64 else [8, 1], [16, D // 2 if BLOCK_M == 64 else D, 16]
+    )
     # At least 1.
     total = per_kv * tiles
     head = kv_head * per_kv
@@ -339,7 +340,8 @@ def attention_backward_hopper(
     D: gl.constexpr, BLOCK_M: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, COMPUTE_DQ: gl.constexpr, SPECIALISED: gl.constexpr,
 ):  # fmt: skip
-    """dK, dV and the sums of dQ of op ``attention_backward``. Grid: (key blocks, b * hk).
+    """dK, dV and the sums of dQ of op ``attention_backward``. Grid: (key blocks * b * hk), key blocks fastest, so that
+    programs that run together read the same Q and dO, and a causal mask's long walks start first.
 
     Args:
         q_desc, do_desc: of [b, hq, sq, D], block [1, 1, BLOCK_M, D]. k_desc, v_desc, dk_desc, dv_desc: of
@@ -375,9 +377,10 @@ def attention_backward_hopper(
     fence_async_shared()
     partition_barrier()
 
-    first_key = gl.program_id(0) * BLOCK_N
-    batch = gl.program_id(1) // hk
-    kv_head = gl.program_id(1) % hk
+    key_blocks = (sk + BLOCK_N - 1) // BLOCK_N
+    first_key = (gl.program_id(0) % key_blocks) * BLOCK_N
+    batch = gl.program_id(0) // key_blocks // hk
+    kv_head = gl.program_id(0) // key_blocks % hk
     per_kv = hq // hk
     first, tiles = _range_of_tiles(first_key, sq, shift, CAUSAL, BLOCK_M)
     if SPECIALISED:

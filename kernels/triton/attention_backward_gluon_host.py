@@ -1,0 +1,215 @@
+"""Host side of the Gluon attention backward: what it takes, its tiles, and the three launches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vbench.backend import Device, Launch
+from vbench.errors import Unsupported
+from vbench.kernels.triton.attention import Shape, descriptor_strides, takes_descriptor
+from vbench.kernels.triton.attention_gluon_host import HEAD_DIMS, TRITON_VERSIONS
+from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics
+
+#: Keys of a program, and rows of a program of the kernels around it.
+BLOCK_N, ROWS = 128, 64
+WARPS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class GluonBackwardTile:
+    """Geometry of the Hopper backward.
+
+    Args:
+        block_m: queries of a step, 64 or 128. q_stages: tiles of Q in shared memory, at least 3.
+        specialised: a producer partition issues the copies.
+    """
+
+    block_m: int
+    q_stages: int
+    specialised: bool
+
+
+#: What ptxas makes of the candidates (docs/tuning/attention.md) leaves these: at head dim 64 a tile of 128 queries does
+#: not fit the 240 registers that specialising leaves a consumer.
+TILES = {
+    64: (GluonBackwardTile(128, 3, False), GluonBackwardTile(64, 3, True), GluonBackwardTile(64, 3, False)),
+    128: (GluonBackwardTile(64, 3, True), GluonBackwardTile(64, 3, False)),
+}
+
+
+def choose_backward(d: int) -> GluonBackwardTile:
+    """The tile for head dim 64 or 128."""
+    return TILES[d][0]
+
+
+def check_backward_tensors(shape: Shape, dlse: bool, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> None:
+    """Refuse what would read or write out of bounds or silently convert.
+
+    Args:
+        inputs: ``q``, ``out``, ``dout`` [b, hq, sq, d], ``k``, ``v`` [b, hk, sk, d] of the case's dtype; ``lse`` and,
+            with ``dlse``, ``dlse`` float32 [b, hq, sq]. out: ``dq`` like ``q``; ``dk``, ``dv`` like ``k``.
+
+    Raises:
+        Unsupported: ``wrong_shape``, ``wrong_dtype``, ``wrong_device``, ``overlapping_output``,
+            ``layout_not_for_copy_engine``, ``last_stride_not_one``.
+    """
+    q_shape, k_shape = (shape.b, shape.hq, shape.sq, shape.d), (shape.b, shape.hk, shape.sk, shape.d)
+    dtype = TORCH_DTYPE_NAMES[shape.dtype]
+    demands: list[tuple[str, Any, tuple[int, ...], str]] = []
+    demands += [(name, inputs[name], q_shape, dtype) for name in ("q", "out", "dout")]
+    demands += [(name, inputs[name], k_shape, dtype) for name in ("k", "v")]
+    demands += [(name, inputs[name], q_shape[:3], "float32") for name in ("lse", *(("dlse",) if dlse else ()))]
+    demands += [("dq", out["dq"], q_shape, dtype), ("dk", out["dk"], k_shape, dtype), ("dv", out["dv"], k_shape, dtype)]
+    for name, tensor, want_shape, want_dtype in demands:
+        if tuple(tensor.shape) != want_shape:
+            raise Unsupported("wrong_shape", f"{name} has shape {tuple(tensor.shape)}, the case needs {want_shape}")
+        if str(tensor.dtype) != f"torch.{want_dtype}":
+            raise Unsupported("wrong_dtype", f"{name} is {tensor.dtype}, the case needs torch.{want_dtype}; convert it")
+        if tensor.device != inputs["q"].device or tensor.device.type != "cuda":
+            raise Unsupported("wrong_device", f"{name} is on {tensor.device}; all must be on one cuda device")
+    for name in ("dq", "dk", "dv"):
+        strides = out[name].stride()
+        if any(size > 1 and stride == 0 for size, stride in zip(out[name].shape, strides, strict=True)):
+            raise Unsupported("overlapping_output", f"{name} has strides {strides}: two elements share an address")
+    copied = {name: inputs[name] for name in ("q", "k", "v", "dout")} | {name: out[name] for name in ("dk", "dv")}
+    for name, tensor in copied.items():
+        if not takes_descriptor(tensor):
+            raise Unsupported(
+                "layout_not_for_copy_engine",
+                f"{name} has strides {tuple(tensor.stride())}: the base and every stride but the last must be"
+                " multiples of 16 bytes and the last 1; make it contiguous or use the plain variant",
+            )
+    for name, tensor in (("out", inputs["out"]), ("dq", out["dq"])):
+        if tensor.stride(3) != 1:
+            raise Unsupported("last_stride_not_one", f"{name} has strides {tuple(tensor.stride())}; make it contiguous")
+
+
+@dataclass(frozen=True)
+class GluonBackward:
+    """dq, dk and dv of one case, dq summed in any order. See ``vbench.backend.Kernel``.
+
+    Beside its outputs it holds a float32 workspace like q, and two float32 a query row.
+    """
+
+    shape: Shape
+    dlse: bool
+    numerics: Numerics
+    produces: tuple[str, ...] = ("dq", "dk", "dv")
+    deterministic: bool = False
+
+    def bind(self, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> Launch:
+        """Bind to a launch that writes dq, dk and dv. Raises what ``check_backward_tensors`` raises."""
+        return self.bind_tile(inputs, out, choose_backward(self.shape.d))
+
+    def bind_tile(self, inputs: Mapping[str, Any], out: Mapping[str, Any], tile: GluonBackwardTile) -> Launch:
+        """As ``bind``, with a tile of the caller's choice."""
+        parts = self.bind_parts(inputs, out, tile)
+
+        def launch() -> None:
+            for part in parts:
+                part()
+
+        return launch
+
+    def bind_parts(
+        self, inputs: Mapping[str, Any], out: Mapping[str, Any], tile: GluonBackwardTile
+    ) -> tuple[Launch, Launch, Launch]:
+        """The three launches in their order: statistics, products, rounding of dq. The tuner times them apart."""
+        shape = self.shape
+        check_backward_tensors(shape, self.dlse, inputs, out)
+        import torch
+        from triton.experimental.gluon import language as gl
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        from vbench.kernels.triton.attention_backward_gluon import attention_backward_hopper
+        from vbench.kernels.triton.attention_backward_rows import finish_dq, prepare_rows
+
+        q, lse, dq = inputs["q"], inputs["lse"], out["dq"]
+        forward_out, dout = inputs["out"], inputs["dout"]
+        dlse = inputs["dlse"] if self.dlse else lse
+        heads = shape.b * shape.hq
+        padded = -(-shape.sq // tile.block_m) * tile.block_m
+        stats = torch.empty((heads, 2, padded), dtype=torch.float32, device=q.device)
+        sums = torch.empty((heads * padded, shape.d), dtype=torch.float32, device=q.device)
+        swizzled = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+        plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
+        of_sums = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+
+        def describe(tensor: Any, rows: int) -> Any:
+            block = [1, 1, rows, shape.d]
+            return TensorDescriptor(tensor, list(tensor.shape), descriptor_strides(tensor), block, swizzled)
+
+        descriptors = (
+            describe(q, tile.block_m),
+            describe(inputs["k"], BLOCK_N),
+            describe(inputs["v"], BLOCK_N),
+            describe(dout, tile.block_m),
+            TensorDescriptor(stats, list(stats.shape), list(stats.stride()), [1, 2, tile.block_m], plain),
+            TensorDescriptor(sums, list(sums.shape), list(sums.stride()), [tile.block_m, shape.d], of_sums),
+            describe(out["dk"], BLOCK_N),
+            describe(out["dv"], BLOCK_N),
+        )
+        scale = 1.0 / math.sqrt(shape.d)
+        sizes = (shape.hq, shape.hk, shape.sq, shape.sk, padded, shape.shift)
+        arguments = (*descriptors, shape.exponent_scale, scale, *sizes)
+        constants: dict[str, Any] = {
+            "D": shape.d,
+            "BLOCK_M": tile.block_m,
+            "Q_STAGES": tile.q_stages,
+            "DO_STAGES": 2,
+            "CAUSAL": shape.causal != "none",
+            "COMPUTE_DQ": True,
+            "SPECIALISED": tile.specialised,
+            # Specialised: those of the producer; the consumers are asked for in the kernel.
+            "num_warps": 4 if tile.specialised else WARPS,
+        }
+        grid = (-(-shape.sk // BLOCK_N) * shape.b * shape.hk,)
+        rows_grid = (padded // ROWS * heads,)
+        strides = (*forward_out.stride()[:3], *dout.stride()[:3], *lse.stride(), *dlse.stride())
+        before = (forward_out, dout, lse, dlse, stats, sums, shape.hq, shape.sq, padded, *strides)
+        after = (sums, dq, scale, shape.hq, shape.sq, padded, *dq.stride()[:3])
+
+        def prepare() -> None:
+            prepare_rows[rows_grid](*before, D=shape.d, ROWS=ROWS, HAS_DLSE=self.dlse, ZERO_DQ=True, num_warps=4)
+
+        def multiply() -> None:
+            attention_backward_hopper[grid](*arguments, **constants)
+
+        def finish() -> None:
+            finish_dq[rows_grid](*after, D=shape.d, ROWS=ROWS, num_warps=4)
+
+        return prepare, multiply, finish
+
+
+def make_gluon_backward(case: Case, device: Device) -> GluonBackward:
+    """The Hopper kernel for a case of op ``attention_backward``.
+
+    Raises:
+        Unsupported: ``gluon_needs_cuda``, ``gluon_dtype``, ``gluon_head_dim``, ``gluon_needs_sm_90``,
+            ``gluon_triton_version``, ``gluon_no_reduction``; and what ``Shape.of`` refuses.
+    """
+    shape = Shape.of(case)
+    if device != "cuda":
+        raise Unsupported("gluon_needs_cuda", "Gluon cannot be interpreted; use the plain variant on a CPU")
+    if shape.dtype not in ("bf16", "fp16"):
+        raise Unsupported("gluon_dtype", f"{shape.dtype}: wgmma multiplies 16-bit types; use the plain variant")
+    if shape.d not in HEAD_DIMS:
+        raise Unsupported("gluon_head_dim", f"d={shape.d} is not one of {HEAD_DIMS}; use the plain variant")
+    import torch
+    import triton
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if (properties.major, properties.minor) != (9, 0):
+        raise Unsupported("gluon_needs_sm_90", f"compute capability is {properties.major}.{properties.minor}, not 9.0")
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version not in TRITON_VERSIONS:
+        raise Unsupported("gluon_triton_version", f"triton {triton.__version__} is not one of {TRITON_VERSIONS}")
+    from triton._C.libtriton import gluon_ir
+
+    if not hasattr(gluon_ir.GluonOpBuilder, "create_async_tma_reduce"):
+        raise Unsupported("gluon_no_reduction", f"triton {triton.__version__} has no builder call for bulk reductions")
+    numerics = Numerics(accumulate="tensor_core", probabilities=shape.dtype)
+    return GluonBackward(shape, bool(case.axis("dlse")), numerics)
