@@ -10,7 +10,7 @@ takes as its left operand:
 
 Only dQ needs dS transposed; it goes through shared memory, and the product of one tile is added to a float32 workspace
 by the copy engine (a bulk reduction in the L2 cache). Tiles of different programs meet there in any order: dQ's last
-bits change from run to run.
+bits change from run to run. Without COMPUTE_DQ that part falls away; attention_backward_gluon_dq.py then makes dQ.
 
 wgmma groups retire in the order of issue. A step goes from dS(j) to dS(j + 1) and issues dQ(j), dK(j), S(j + 1),
 dP(j + 1), dV(j + 1): the trip of dQ(j) through shared memory runs under dK(j) and S(j + 1), the exponentials under
@@ -348,6 +348,7 @@ def attention_backward_hopper(
             [b, hk, sk, D], block [1, 1, 128, D]. All 16-bit with the 128-byte swizzle.
         stats_desc: of float32 [b * hq, 2, sq_padded] (lse2, delta), block [1, 2, BLOCK_M], no swizzle.
         dq_desc: of float32 [b * hq * sq_padded, D], zero before the launch, block [BLOCK_M, D]. Unscaled sums.
+            Any descriptor, unused, without COMPUTE_DQ.
         exponent_scale: log2(e) * scale. shift: row i sees keys j <= i + shift when CAUSAL.
         sq_padded: sq rounded up to BLOCK_M.
     """
@@ -358,8 +359,12 @@ def attention_backward_hopper(
     do_smem = gl.allocate_shared_memory(dtype, [DO_STAGES, 1, 1, BLOCK_M, D], do_desc.layout)
     kv_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, BLOCK_N, D], k_desc.layout)
     stats_smem = gl.allocate_shared_memory(gl.float32, [DO_STAGES, 1, 2, BLOCK_M], stats_desc.layout)
-    ds_smem = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_M], TILE_LAYOUT)
-    dq_smem = gl.allocate_shared_memory(gl.float32, [BLOCK_M, D], dq_desc.layout)
+    if COMPUTE_DQ:
+        ds_smem = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_M], TILE_LAYOUT)
+        dq_smem = gl.allocate_shared_memory(gl.float32, [BLOCK_M, D], dq_desc.layout)
+    else:
+        ds_smem = q_smem
+        dq_smem = q_smem
     k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())

@@ -32,6 +32,10 @@ class GluonBackwardTile:
     specialised: bool
 
 
+#: Query rows of a program of the dQ kernel.
+DQ_BLOCK_M = 128
+#: (keys of a step, stages of K and of V) of the dQ kernel, by head dim. 128 keys at 128 are too many registers.
+DQ_TILES = {64: (128, 3), 128: (64, 4)}
 #: What ptxas makes of the candidates (docs/tuning/attention.md) leaves these: at head dim 64 a tile of 128 queries does
 #: not fit the 240 registers that specialising leaves a consumer.
 TILES = {
@@ -74,7 +78,7 @@ def check_backward_tensors(shape: Shape, dlse: bool, inputs: Mapping[str, Any], 
         strides = out[name].stride()
         if any(size > 1 and stride == 0 for size, stride in zip(out[name].shape, strides, strict=True)):
             raise Unsupported("overlapping_output", f"{name} has strides {strides}: two elements share an address")
-    copied = {name: inputs[name] for name in ("q", "k", "v", "dout")} | {name: out[name] for name in ("dk", "dv")}
+    copied = {name: inputs[name] for name in ("q", "k", "v", "dout")} | {name: out[name] for name in ("dq", "dk", "dv")}
     for name, tensor in copied.items():
         if not takes_descriptor(tensor):
             raise Unsupported(
@@ -82,23 +86,25 @@ def check_backward_tensors(shape: Shape, dlse: bool, inputs: Mapping[str, Any], 
                 f"{name} has strides {tuple(tensor.stride())}: the base and every stride but the last must be"
                 " multiples of 16 bytes and the last 1; make it contiguous or use the plain variant",
             )
-    for name, tensor in (("out", inputs["out"]), ("dq", out["dq"])):
-        if tensor.stride(3) != 1:
-            raise Unsupported("last_stride_not_one", f"{name} has strides {tuple(tensor.stride())}; make it contiguous")
+    if inputs["out"].stride(3) != 1:
+        strides = tuple(inputs["out"].stride())
+        raise Unsupported("last_stride_not_one", f"out has strides {strides}; make it contiguous")
 
 
 @dataclass(frozen=True)
 class GluonBackward:
-    """dq, dk and dv of one case, dq summed in any order. See ``vbench.backend.Kernel``.
+    """dq, dk and dv of one case. See ``vbench.backend.Kernel``.
 
-    Beside its outputs it holds a float32 workspace like q, and two float32 a query row.
+    Beside its outputs it holds two float32 a query row. Deterministic, dq comes from a kernel of its own, which works
+    out scores and dP once more (7 products where 5 would do); else it is summed in a float32 workspace like q, in any
+    order.
     """
 
     shape: Shape
     dlse: bool
     numerics: Numerics
+    deterministic: bool
     produces: tuple[str, ...] = ("dq", "dk", "dv")
-    deterministic: bool = False
 
     def bind(self, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> Launch:
         """Bind to a launch that writes dq, dk and dv. Raises what ``check_backward_tensors`` raises."""
@@ -117,7 +123,7 @@ class GluonBackward:
     def bind_parts(
         self, inputs: Mapping[str, Any], out: Mapping[str, Any], tile: GluonBackwardTile
     ) -> tuple[Launch, Launch, Launch]:
-        """The three launches in their order: statistics, products, rounding of dq. The tuner times them apart."""
+        """The three launches in their order: statistics; products; dq's rounding or own kernel."""
         shape = self.shape
         check_backward_tensors(shape, self.dlse, inputs, out)
         import torch
@@ -125,15 +131,16 @@ class GluonBackward:
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
         from vbench.kernels.triton.attention_backward_gluon import attention_backward_hopper
+        from vbench.kernels.triton.attention_backward_gluon_dq import attention_backward_dq_hopper
         from vbench.kernels.triton.attention_backward_rows import finish_dq, prepare_rows
 
         q, lse, dq = inputs["q"], inputs["lse"], out["dq"]
         forward_out, dout = inputs["out"], inputs["dout"]
         dlse = inputs["dlse"] if self.dlse else lse
         heads = shape.b * shape.hq
-        padded = -(-shape.sq // tile.block_m) * tile.block_m
+        rows = DQ_BLOCK_M if self.deterministic else tile.block_m
+        padded = -(-shape.sq // rows) * rows
         stats = torch.empty((heads, 2, padded), dtype=torch.float32, device=q.device)
-        sums = torch.empty((heads * padded, shape.d), dtype=torch.float32, device=q.device)
         swizzled = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
         plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
         of_sums = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
@@ -142,15 +149,22 @@ class GluonBackward:
             block = [1, 1, rows, shape.d]
             return TensorDescriptor(tensor, list(tensor.shape), descriptor_strides(tensor), block, swizzled)
 
+        dk_desc, dv_desc = describe(out["dk"], BLOCK_N), describe(out["dv"], BLOCK_N)
+        # Unused where deterministic, and then any tensor and descriptor serve.
+        sums, sums_desc = stats, dk_desc
+        if not self.deterministic:
+            sums = torch.empty((heads * padded, shape.d), dtype=torch.float32, device=q.device)
+            block = [tile.block_m, shape.d]
+            sums_desc = TensorDescriptor(sums, list(sums.shape), list(sums.stride()), block, of_sums)
         descriptors = (
             describe(q, tile.block_m),
             describe(inputs["k"], BLOCK_N),
             describe(inputs["v"], BLOCK_N),
             describe(dout, tile.block_m),
             TensorDescriptor(stats, list(stats.shape), list(stats.stride()), [1, 2, tile.block_m], plain),
-            TensorDescriptor(sums, list(sums.shape), list(sums.stride()), [tile.block_m, shape.d], of_sums),
-            describe(out["dk"], BLOCK_N),
-            describe(out["dv"], BLOCK_N),
+            sums_desc,
+            dk_desc,
+            dv_desc,
         )
         scale = 1.0 / math.sqrt(shape.d)
         sizes = (shape.hq, shape.hk, shape.sq, shape.sk, padded, shape.shift)
@@ -161,7 +175,7 @@ class GluonBackward:
             "Q_STAGES": tile.q_stages,
             "DO_STAGES": 2,
             "CAUSAL": shape.causal != "none",
-            "COMPUTE_DQ": True,
+            "COMPUTE_DQ": not self.deterministic,
             "SPECIALISED": tile.specialised,
             # Specialised: those of the producer; the consumers are asked for in the kernel.
             "num_warps": 4 if tile.specialised else WARPS,
@@ -170,22 +184,40 @@ class GluonBackward:
         rows_grid = (padded // ROWS * heads,)
         strides = (*forward_out.stride()[:3], *dout.stride()[:3], *lse.stride(), *dlse.stride())
         before = (forward_out, dout, lse, dlse, stats, sums, shape.hq, shape.sq, padded, *strides)
+        dq_keys, dq_stages = DQ_TILES[shape.d]
+        dq_grid = (-(-shape.sq // DQ_BLOCK_M) * heads,)
+        dq_descriptors = (
+            *(describe(tensor, DQ_BLOCK_M // 2) for tensor in (q, dout)),
+            *(describe(inputs[name], dq_keys) for name in ("k", "v")),
+            describe(dq, DQ_BLOCK_M // 2),
+        )
+        dq_constants = {"D": shape.d, "BLOCK_N": dq_keys, "STAGES": dq_stages, "CAUSAL": shape.causal != "none"}
         after = (sums, dq, scale, shape.hq, shape.sq, padded, *dq.stride()[:3])
 
         def prepare() -> None:
-            prepare_rows[rows_grid](*before, D=shape.d, ROWS=ROWS, HAS_DLSE=self.dlse, ZERO_DQ=True, num_warps=4)
+            prepare_rows[rows_grid](
+                *before, D=shape.d, ROWS=ROWS, HAS_DLSE=self.dlse, ZERO_DQ=not self.deterministic, num_warps=4
+            )
 
         def multiply() -> None:
             attention_backward_hopper[grid](*arguments, **constants)
 
         def finish() -> None:
+            if self.deterministic:
+                attention_backward_dq_hopper[dq_grid](
+                    *dq_descriptors, stats, shape.exponent_scale, scale, *sizes, **dq_constants, num_warps=4
+                )
+                return
             finish_dq[rows_grid](*after, D=shape.d, ROWS=ROWS, num_warps=4)
 
         return prepare, multiply, finish
 
 
-def make_gluon_backward(case: Case, device: Device) -> GluonBackward:
+def make_gluon_backward(case: Case, device: Device, *, deterministic: bool) -> GluonBackward:
     """The Hopper kernel for a case of op ``attention_backward``.
+
+    Args:
+        deterministic: the same bits every time, at 1.4 times the products.
 
     Raises:
         Unsupported: ``gluon_needs_cuda``, ``gluon_dtype``, ``gluon_head_dim``, ``gluon_needs_sm_90``,
@@ -212,4 +244,4 @@ def make_gluon_backward(case: Case, device: Device) -> GluonBackward:
     if not hasattr(gluon_ir.GluonOpBuilder, "create_async_tma_reduce"):
         raise Unsupported("gluon_no_reduction", f"triton {triton.__version__} has no builder call for bulk reductions")
     numerics = Numerics(accumulate="tensor_core", probabilities=shape.dtype)
-    return GluonBackward(shape, bool(case.axis("dlse")), numerics)
+    return GluonBackward(shape, bool(case.axis("dlse")), numerics, deterministic)
