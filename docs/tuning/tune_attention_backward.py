@@ -165,8 +165,8 @@ def make_inputs(case: Any, seed: int) -> dict[str, Any]:
 
 
 def label(tile: Any) -> str:
-    deterministic, block_m, q_stages, specialised = tile
-    return f"{'det' if deterministic else ''}{block_m}{'ws' if specialised else ''}q{q_stages}"
+    deterministic, block_m, q_stages, consumers, dk_first = tile
+    return f"{'det' if deterministic else ''}{block_m}c{consumers}{'k' if dk_first else ''}q{q_stages}"
 
 
 def time_cell(d: int, causal: str, length: int, tiles: list[Any], rounds: int) -> dict[str, Any]:
@@ -241,14 +241,14 @@ def main() -> None:
         return
     from dataclasses import astuple
 
-    from vbench.kernels.triton.attention_backward_gluon_host import TILES
+    from vbench.kernels.triton.attention_backward_gluon_host import DETERMINISTIC_TILES, TILES
 
     began = time.monotonic()
     jobs = [
         (d, (deterministic, *astuple(tile)))
-        for d, tiles in TILES.items()
+        for deterministic, table in ((False, TILES), (True, DETERMINISTIC_TILES))
+        for d, tiles in table.items()
         for tile in tiles
-        for deterministic in (False, True)
     ]
     results = run_probes(jobs, arguments.seconds)
     print(f"{len(results)} probes in {time.monotonic() - began:.0f} s")

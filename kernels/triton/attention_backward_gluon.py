@@ -155,7 +155,8 @@ def _issue_scores(
     j, k, q_smem, q_full, s_layout: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr
 ):
     """S^T(j) = K Q^T, in flight."""
-    zeros = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, s_layout)
+    KEYS: gl.constexpr = k.shape[0]
+    zeros = gl.zeros([KEYS, BLOCK_M], gl.float32, s_layout)
     mbarrier.wait(q_full.index(j % STAGES), (j // STAGES) & 1)
     q = _tile(q_smem, j % STAGES, BLOCK_M, D)
     return warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -172,7 +173,8 @@ def _weigh(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=KV_LAYOUT, k_width=2)
     dtype: gl.constexpr = do_smem.dtype
     stage = j % STAGES
-    zeros = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout)
+    KEYS: gl.constexpr = v.shape[0]
+    zeros = gl.zeros([KEYS, BLOCK_M], gl.float32, layout)
     stats = stats_smem.index(stage)._reinterpret(gl.float32, [2, BLOCK_M], VECTOR_LAYOUT)
     do = _tile(do_smem, stage, BLOCK_M, D)
     mbarrier.wait(do_full.index(stage), (j // STAGES) & 1)
@@ -183,11 +185,11 @@ def _weigh(
     p = gl.exp2(s * exponent_scale - lse2[None, :])
     # The weights are masked and not the scores: ptxas runs all wgmma one by one where an accumulator is written by
     # anything else. What was masked may be inf, and is selected away.
-    partial = first_key + BLOCK_N > sk
+    partial = first_key + KEYS > sk
     if CAUSAL:
-        partial = partial | (first_query + shift < first_key + BLOCK_N - 1)
+        partial = partial | (first_query + shift < first_key + KEYS - 1)
     if partial:
-        keys = first_key + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
+        keys = first_key + gl.arange(0, KEYS, layout=gl.SliceLayout(1, layout))
         limit = gl.full([BLOCK_M], sk - 1, gl.int32, columns)
         if CAUSAL:
             limit = gl.minimum(gl.arange(0, BLOCK_M, layout=columns) + (first_query + shift), limit)

@@ -18,35 +18,55 @@ BLOCK_N, ROWS = 128, 64
 WARPS = 8
 
 
+#: Query rows of a program of the dQ kernel.
+DQ_BLOCK_M = 128
+#: (keys of a step, stages of K and of V) of the dQ kernel, by head dim. 128 keys at 128 are too many registers.
+DQ_TILES = {64: (128, 3), 128: (64, 4)}
+
+
 @dataclass(frozen=True, slots=True)
 class GluonBackwardTile:
     """Geometry of the Hopper backward.
 
     Args:
         block_m: queries of a step, 64 or 128. q_stages: tiles of Q in shared memory, at least 3.
-        specialised: a producer partition issues the copies.
+        consumers: 0, eight warps copy and multiply; 1, a producer and a partition of eight warps; 2, a producer and two
+            partitions of four.
+        dk_first: with two consumers, see ``attention_backward_pair_hopper``.
     """
 
     block_m: int
     q_stages: int
-    specialised: bool
+    consumers: int
+    dk_first: bool = False
 
 
-#: Query rows of a program of the dQ kernel.
-DQ_BLOCK_M = 128
-#: (keys of a step, stages of K and of V) of the dQ kernel, by head dim. 128 keys at 128 are too many registers.
-DQ_TILES = {64: (128, 3), 128: (64, 4)}
-#: What ptxas makes of the candidates (docs/tuning/attention.md) leaves these: at head dim 64 a tile of 128 queries does
-#: not fit the 240 registers that specialising leaves a consumer.
+#: Candidates by head dim, the first in use: what ptxas compiles without running every wgmma by itself. At head dim 64 a
+#: tile of 128 queries does not fit the 240 registers of one partition of consumers.
 TILES = {
-    64: (GluonBackwardTile(128, 3, False), GluonBackwardTile(64, 3, True), GluonBackwardTile(64, 3, False)),
-    128: (GluonBackwardTile(64, 3, True), GluonBackwardTile(64, 3, False)),
+    64: (
+        GluonBackwardTile(128, 3, 2, True),
+        GluonBackwardTile(128, 3, 0),
+        GluonBackwardTile(64, 3, 1),
+        GluonBackwardTile(64, 3, 0),
+    ),
+    128: (
+        GluonBackwardTile(64, 3, 2, True),
+        GluonBackwardTile(64, 3, 2),
+        GluonBackwardTile(64, 3, 1),
+        GluonBackwardTile(64, 3, 0),
+    ),
+}
+#: The same without dQ, for the deterministic variant.
+DETERMINISTIC_TILES = {
+    64: (GluonBackwardTile(128, 3, 0), GluonBackwardTile(64, 3, 1)),
+    128: (GluonBackwardTile(64, 3, 2), GluonBackwardTile(64, 3, 1)),
 }
 
 
-def choose_backward(d: int) -> GluonBackwardTile:
+def choose_backward(d: int, *, deterministic: bool) -> GluonBackwardTile:
     """The tile for head dim 64 or 128."""
-    return TILES[d][0]
+    return (DETERMINISTIC_TILES if deterministic else TILES)[d][0]
 
 
 def check_backward_tensors(shape: Shape, dlse: bool, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> None:
@@ -108,7 +128,7 @@ class GluonBackward:
 
     def bind(self, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> Launch:
         """Bind to a launch that writes dq, dk and dv. Raises what ``check_backward_tensors`` raises."""
-        return self.bind_tile(inputs, out, choose_backward(self.shape.d))
+        return self.bind_tile(inputs, out, choose_backward(self.shape.d, deterministic=self.deterministic))
 
     def bind_tile(self, inputs: Mapping[str, Any], out: Mapping[str, Any], tile: GluonBackwardTile) -> Launch:
         """As ``bind``, with a tile of the caller's choice."""
@@ -132,6 +152,7 @@ class GluonBackward:
 
         from vbench.kernels.triton.attention_backward_gluon import attention_backward_hopper
         from vbench.kernels.triton.attention_backward_gluon_dq import attention_backward_dq_hopper
+        from vbench.kernels.triton.attention_backward_gluon_pair import attention_backward_pair_hopper
         from vbench.kernels.triton.attention_backward_rows import finish_dq, prepare_rows
 
         q, lse, dq = inputs["q"], inputs["lse"], out["dq"]
@@ -149,17 +170,18 @@ class GluonBackward:
             block = [1, 1, rows, shape.d]
             return TensorDescriptor(tensor, list(tensor.shape), descriptor_strides(tensor), block, swizzled)
 
-        dk_desc, dv_desc = describe(out["dk"], BLOCK_N), describe(out["dv"], BLOCK_N)
+        keys = BLOCK_N // 2 if tile.consumers == 2 else BLOCK_N
+        dk_desc, dv_desc = describe(out["dk"], keys), describe(out["dv"], keys)
         # Unused where deterministic, and then any tensor and descriptor serve.
         sums, sums_desc = stats, dk_desc
         if not self.deterministic:
             sums = torch.empty((heads * padded, shape.d), dtype=torch.float32, device=q.device)
-            block = [tile.block_m, shape.d]
+            block = [64, 64] if tile.consumers == 2 else [tile.block_m, shape.d]
             sums_desc = TensorDescriptor(sums, list(sums.shape), list(sums.stride()), block, of_sums)
         descriptors = (
             describe(q, tile.block_m),
-            describe(inputs["k"], BLOCK_N),
-            describe(inputs["v"], BLOCK_N),
+            describe(inputs["k"], keys),
+            describe(inputs["v"], keys),
             describe(dout, tile.block_m),
             TensorDescriptor(stats, list(stats.shape), list(stats.stride()), [1, 2, tile.block_m], plain),
             sums_desc,
@@ -176,10 +198,15 @@ class GluonBackward:
             "DO_STAGES": 2,
             "CAUSAL": shape.causal != "none",
             "COMPUTE_DQ": not self.deterministic,
-            "SPECIALISED": tile.specialised,
-            # Specialised: those of the producer; the consumers are asked for in the kernel.
-            "num_warps": 4 if tile.specialised else WARPS,
         }
+        products = attention_backward_hopper
+        if tile.consumers == 2:
+            products = attention_backward_pair_hopper
+            constants["DK_FIRST"] = tile.dk_first
+        else:
+            constants["SPECIALISED"] = tile.consumers == 1
+        # With consumers: the warps of the producer; theirs are asked for in the kernel.
+        constants["num_warps"] = 4 if tile.consumers else WARPS
         grid = (-(-shape.sk // BLOCK_N) * shape.b * shape.hk,)
         rows_grid = (padded // ROWS * heads,)
         strides = (*forward_out.stride()[:3], *dout.stride()[:3], *lse.stride(), *dlse.stride())
@@ -200,7 +227,7 @@ class GluonBackward:
             )
 
         def multiply() -> None:
-            attention_backward_hopper[grid](*arguments, **constants)
+            products[grid](*arguments, **constants)
 
         def finish() -> None:
             if self.deterministic:
