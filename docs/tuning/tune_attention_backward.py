@@ -231,7 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(), help="folder for attention_backward.json")
     parser.add_argument("--probe", help="internal: JSON [head dim, tile] of a child of stage 1")
-    parser.add_argument("--seconds", type=float, default=75.0, help="deadline of stage 1")
+    parser.add_argument("--seconds", type=float, default=90.0, help="deadline of stage 1")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     if arguments.probe:
