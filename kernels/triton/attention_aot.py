@@ -195,10 +195,14 @@ def _count(opcodes: list[str]) -> Counter[str]:
 
 def inspect(config: Configuration) -> Report:
     """Compile one configuration and read its cubin."""
+    tile = config.tile
+    return read(_compile_gluon(config, tile) if isinstance(tile, GluonTile) else _compile_plain(config, tile))
+
+
+def read(compiled: Any) -> Report:
+    """What is in the cubin of a compiled kernel."""
     import triton
 
-    tile = config.tile
-    compiled = _compile_gluon(config, tile) if isinstance(tile, GluonTile) else _compile_plain(config, tile)
     tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
