@@ -1,4 +1,5 @@
-"""Check and time the Hopper attention backward on a GPU, beside PyTorch's own backwards, and print one table.
+"""Check and time the Hopper attention backward on a GPU, beside PyTorch's own and the plain one, and print
+one table.
 
     python docs/tuning/tune_attention_backward.py --out DIR [--rounds N] [--seconds S]
 
@@ -190,6 +191,10 @@ def time_cell(d: int, causal: str, length: int, tiles: list[Any], rounds: int) -
             graphs[name] = graph_of([peer(name, inputs, causal != "none") for inputs in sets], repeats)
         except (RuntimeError, TypeError, ValueError):  # a peer's fault must not cost the run; it is shown
             notes[name] = traceback.format_exc()[-300:]
+    from vbench.kernels.triton.attention_backward import make
+
+    plain = make(case, "", "cuda")
+    graphs["plain"] = graph_of([plain.bind(inputs, out) for inputs, out in zip(sets, outs, strict=True)], repeats)
     for tile in tiles:
         bound = [bind(case, inputs, out, tile) for inputs, out in zip(sets, outs, strict=True)]
         launches = [lambda parts=parts: [part() for part in parts] for parts in bound]
@@ -222,7 +227,8 @@ def show(row: dict[str, Any]) -> str:
         if name not in ("cudnn", "flash"):
             if peers:
                 text += f" ({rate / max(peers):.2f})"
-            text += " " + "+".join(f"{seconds[f'{name}.{p}'] * 1e6:.0f}" for p in ("prepare", "multiply", "finish"))
+            parts_s = [seconds[key] for p in ("prepare", "multiply", "finish") if (key := f"{name}.{p}") in seconds]
+            text += " " + "+".join(f"{s * 1e6:.0f}" for s in parts_s)
         parts.append(text)
     return " | ".join(parts) + "".join(f" {name}: {row[name][-100:]!r}" for name in ("cudnn", "flash") if name in row)
 

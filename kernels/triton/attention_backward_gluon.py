@@ -99,7 +99,7 @@ def _load_do(
         do_desc, [batch, head, block * BLOCK_M, 0], do_full.index(stage), do_smem.index(stage), pred=wanted
     )
     tma.async_copy_global_to_shared(
-        stats_desc, [batch * hq + head, 0, block * BLOCK_M], do_full.index(stage), stats_smem.index(stage), pred=wanted
+        stats_desc, [0, batch * hq + head, block * BLOCK_M], do_full.index(stage), stats_smem.index(stage), pred=wanted
     )
 
 
@@ -348,7 +348,7 @@ def attention_backward_hopper(
     Args:
         q_desc, do_desc: of [b, hq, sq, D], block [1, 1, BLOCK_M, D]. k_desc, v_desc, dk_desc, dv_desc: of
             [b, hk, sk, D], block [1, 1, 128, D]. All 16-bit with the 128-byte swizzle.
-        stats_desc: of float32 [b * hq, 2, sq_padded] (lse2, delta), block [1, 2, BLOCK_M], no swizzle.
+        stats_desc: of float32 [2, b * hq, sq_padded] (lse2, delta), block [2, 1, BLOCK_M], no swizzle.
         dq_desc: of float32 [b * hq * sq_padded, D], zero before the launch, block [BLOCK_M, D]. Unscaled sums.
             Any descriptor, unused, without COMPUTE_DQ.
         exponent_scale: log2(e) * scale. shift: row i sees keys j <= i + shift when CAUSAL.
@@ -360,7 +360,7 @@ def attention_backward_hopper(
     q_smem = gl.allocate_shared_memory(dtype, [Q_STAGES, 1, 1, BLOCK_M, D], q_desc.layout)
     do_smem = gl.allocate_shared_memory(dtype, [DO_STAGES, 1, 1, BLOCK_M, D], do_desc.layout)
     kv_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, BLOCK_N, D], k_desc.layout)
-    stats_smem = gl.allocate_shared_memory(gl.float32, [DO_STAGES, 1, 2, BLOCK_M], stats_desc.layout)
+    stats_smem = gl.allocate_shared_memory(gl.float32, [DO_STAGES, 2, 1, BLOCK_M], stats_desc.layout)
     if COMPUTE_DQ:
         ds_smem = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_M], TILE_LAYOUT)
         dq_smem = gl.allocate_shared_memory(gl.float32, [BLOCK_M, D], dq_desc.layout)

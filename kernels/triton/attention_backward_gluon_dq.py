@@ -103,7 +103,7 @@ def _differ(
 
 @gluon.jit
 def _consume(
-    dq_desc, stats_ptr, q_smem, do_smem, k_smem, v_smem, rows_full, k_full, k_empty, v_full, v_empty,
+    dq_desc, lse2_ptr, delta_ptr, q_smem, do_smem, k_smem, v_smem, rows_full, k_full, k_empty, v_full, v_empty,
     exponent_scale, scale, batch, head, hq, first_row, blocks, sk, sq_padded, shift,
     D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WORKER: gl.constexpr,
 ):  # fmt: skip
@@ -114,9 +114,9 @@ def _consume(
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=DQ_LAYOUT, k_width=2)
     first_row += WORKER * WORKER_ROWS
     rows = first_row + gl.arange(0, WORKER_ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
-    stats = stats_ptr + (batch * hq + head).to(gl.int64) * 2 * sq_padded + rows
-    lse2 = gl.load(stats)
-    delta = gl.load(stats + sq_padded)
+    stats = (batch * hq + head).to(gl.int64) * sq_padded + rows
+    lse2 = gl.load(lse2_ptr + stats)
+    delta = gl.load(delta_ptr + stats)
     q_block = q_smem.index(WORKER)
     q = q_block._reinterpret(dtype, [WORKER_ROWS, D], TILE_LAYOUT)
     do = do_smem.index(WORKER)._reinterpret(dtype, [WORKER_ROWS, D], TILE_LAYOUT)
@@ -149,7 +149,7 @@ def _consume(
 
 @gluon.jit(do_not_specialize=COUNTS)
 def attention_backward_dq_hopper(
-    q_desc, do_desc, k_desc, v_desc, dq_desc, stats_ptr,
+    q_desc, do_desc, k_desc, v_desc, dq_desc, lse2_ptr, delta_ptr,
     exponent_scale, scale, hq, hk, sq, sk, sq_padded, shift,
     D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
@@ -158,7 +158,7 @@ def attention_backward_dq_hopper(
     Args:
         q_desc, do_desc, dq_desc: of [b, hq, sq, D], block [1, 1, 64, D]; k_desc, v_desc: of [b, hk, sk, D], block
             [1, 1, BLOCK_N, D]; all 16-bit with the 128-byte swizzle.
-        stats_ptr: float32 [b * hq, 2, sq_padded] (lse2, delta); sq_padded a multiple of 128.
+        lse2_ptr, delta_ptr: float32 [b * hq, sq_padded]; sq_padded a multiple of 128.
         exponent_scale: log2(e) * scale. shift: row i sees keys j <= i + shift when CAUSAL.
     """
     dtype: gl.constexpr = q_desc.dtype
@@ -192,12 +192,12 @@ def attention_backward_dq_hopper(
             rows_full, k_full, k_empty, v_full, v_empty, batch, head, kv_head, first_row, blocks, BLOCK_N, STAGES,
         )),
         (_consume, (
-            dq_desc, stats_ptr, q_smem, do_smem, k_smem, v_smem, rows_full, k_full, k_empty, v_full, v_empty,
+            dq_desc, lse2_ptr, delta_ptr, q_smem, do_smem, k_smem, v_smem, rows_full, k_full, k_empty, v_full, v_empty,
             exponent_scale, scale, batch, head, hq, first_row, blocks, sk, sq_padded, shift,
             D, BLOCK_N, STAGES, CAUSAL, 0,
         )),
         (_consume, (
-            dq_desc, stats_ptr, q_smem, do_smem, k_smem, v_smem, rows_full, k_full, k_empty, v_full, v_empty,
+            dq_desc, lse2_ptr, delta_ptr, q_smem, do_smem, k_smem, v_smem, rows_full, k_full, k_empty, v_full, v_empty,
             exponent_scale, scale, batch, head, hq, first_row, blocks, sk, sq_padded, shift,
             D, BLOCK_N, STAGES, CAUSAL, 1,
         )),

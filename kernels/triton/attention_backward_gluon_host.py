@@ -10,10 +10,12 @@ from typing import Any
 from vbench.backend import Device, Launch
 from vbench.errors import Unsupported
 from vbench.kernels.triton.attention import Shape, descriptor_strides, takes_descriptor
+from vbench.kernels.triton.attention_backward import check_gradient_tensors
+from vbench.kernels.triton.attention_backward_tiles import PREPARE_ROWS, ROW_PADDING
 from vbench.kernels.triton.attention_gluon_host import HEAD_DIMS, TRITON_VERSIONS
-from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics
+from vbench.spec import Numerics
 
-#: Keys of a program, and rows of a program of the kernels around it.
+#: Keys of a program, and rows of a program of ``finish_dq``.
 BLOCK_N, ROWS = 128, 64
 WARPS = 8
 
@@ -69,36 +71,14 @@ def choose_backward(d: int, *, deterministic: bool) -> GluonBackwardTile:
     return (DETERMINISTIC_TILES if deterministic else TILES)[d][0]
 
 
-def check_backward_tensors(shape: Shape, dlse: bool, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> None:
-    """Refuse what would read or write out of bounds or silently convert.
-
-    Args:
-        inputs: ``q``, ``out``, ``dout`` [b, hq, sq, d], ``k``, ``v`` [b, hk, sk, d] of the case's dtype; ``lse`` and,
-            with ``dlse``, ``dlse`` float32 [b, hq, sq]. out: ``dq`` like ``q``; ``dk``, ``dv`` like ``k``.
+def check_backward_tensors(shape: Shape, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> None:
+    """As ``check_gradient_tensors``, and what the bulk tensor copy engine cannot take.
 
     Raises:
-        Unsupported: ``wrong_shape``, ``wrong_dtype``, ``wrong_device``, ``overlapping_output``,
-            ``layout_not_for_copy_engine``, ``last_stride_not_one``.
+        Unsupported: see ``check_gradient_tensors``; ``layout_not_for_copy_engine``.
     """
-    q_shape, k_shape = (shape.b, shape.hq, shape.sq, shape.d), (shape.b, shape.hk, shape.sk, shape.d)
-    dtype = TORCH_DTYPE_NAMES[shape.dtype]
-    demands: list[tuple[str, Any, tuple[int, ...], str]] = []
-    demands += [(name, inputs[name], q_shape, dtype) for name in ("q", "out", "dout")]
-    demands += [(name, inputs[name], k_shape, dtype) for name in ("k", "v")]
-    demands += [(name, inputs[name], q_shape[:3], "float32") for name in ("lse", *(("dlse",) if dlse else ()))]
-    demands += [("dq", out["dq"], q_shape, dtype), ("dk", out["dk"], k_shape, dtype), ("dv", out["dv"], k_shape, dtype)]
-    for name, tensor, want_shape, want_dtype in demands:
-        if tuple(tensor.shape) != want_shape:
-            raise Unsupported("wrong_shape", f"{name} has shape {tuple(tensor.shape)}, the case needs {want_shape}")
-        if str(tensor.dtype) != f"torch.{want_dtype}":
-            raise Unsupported("wrong_dtype", f"{name} is {tensor.dtype}, the case needs torch.{want_dtype}; convert it")
-        if tensor.device != inputs["q"].device or tensor.device.type != "cuda":
-            raise Unsupported("wrong_device", f"{name} is on {tensor.device}; all must be on one cuda device")
-    for name in ("dq", "dk", "dv"):
-        strides = out[name].stride()
-        if any(size > 1 and stride == 0 for size, stride in zip(out[name].shape, strides, strict=True)):
-            raise Unsupported("overlapping_output", f"{name} has strides {strides}: two elements share an address")
-    copied = {name: inputs[name] for name in ("q", "k", "v", "dout")} | {name: out[name] for name in ("dq", "dk", "dv")}
+    check_gradient_tensors(shape, inputs, out, "cuda")
+    copied = {name: inputs[name] for name in ("q", "k", "v", "dout")} | dict(out)
     for name, tensor in copied.items():
         if not takes_descriptor(tensor):
             raise Unsupported(
@@ -106,9 +86,6 @@ def check_backward_tensors(shape: Shape, dlse: bool, inputs: Mapping[str, Any], 
                 f"{name} has strides {tuple(tensor.stride())}: the base and every stride but the last must be"
                 " multiples of 16 bytes and the last 1; make it contiguous or use the plain variant",
             )
-    if inputs["out"].stride(3) != 1:
-        strides = tuple(inputs["out"].stride())
-        raise Unsupported("last_stride_not_one", f"out has strides {strides}; make it contiguous")
 
 
 @dataclass(frozen=True)
@@ -121,7 +98,6 @@ class GluonBackward:
     """
 
     shape: Shape
-    dlse: bool
     numerics: Numerics
     deterministic: bool
     produces: tuple[str, ...] = ("dq", "dk", "dv")
@@ -143,25 +119,25 @@ class GluonBackward:
     def bind_parts(
         self, inputs: Mapping[str, Any], out: Mapping[str, Any], tile: GluonBackwardTile
     ) -> tuple[Launch, Launch, Launch]:
-        """The three launches in their order: statistics; products; dq's rounding or own kernel."""
+        """The three launches in their order: statistics and zeros; products; dq's rounding or own kernel."""
         shape = self.shape
-        check_backward_tensors(shape, self.dlse, inputs, out)
+        check_backward_tensors(shape, inputs, out)
         import torch
         from triton.experimental.gluon import language as gl
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+        from vbench.kernels.triton.attention_backward_finish import finish_dq
         from vbench.kernels.triton.attention_backward_gluon import attention_backward_hopper
         from vbench.kernels.triton.attention_backward_gluon_dq import attention_backward_dq_hopper
         from vbench.kernels.triton.attention_backward_gluon_pair import attention_backward_pair_hopper
-        from vbench.kernels.triton.attention_backward_rows import finish_dq, prepare_rows
+        from vbench.kernels.triton.attention_backward_kernels import prepare_rows
 
         q, lse, dq = inputs["q"], inputs["lse"], out["dq"]
         forward_out, dout = inputs["out"], inputs["dout"]
-        dlse = inputs["dlse"] if self.dlse else lse
+        dlse = inputs.get("dlse")
         heads = shape.b * shape.hq
-        rows = DQ_BLOCK_M if self.deterministic else tile.block_m
-        padded = -(-shape.sq // rows) * rows
-        stats = torch.empty((heads, 2, padded), dtype=torch.float32, device=q.device)
+        padded = -(-shape.sq // ROW_PADDING) * ROW_PADDING
+        stats = torch.empty((2, heads, padded), dtype=torch.float32, device=q.device)
         swizzled = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
         plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
         of_sums = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
@@ -183,7 +159,7 @@ class GluonBackward:
             describe(inputs["k"], keys),
             describe(inputs["v"], keys),
             describe(dout, tile.block_m),
-            TensorDescriptor(stats, list(stats.shape), list(stats.stride()), [1, 2, tile.block_m], plain),
+            TensorDescriptor(stats, list(stats.shape), list(stats.stride()), [2, 1, tile.block_m], plain),
             sums_desc,
             dk_desc,
             dv_desc,
@@ -208,9 +184,13 @@ class GluonBackward:
         # With consumers: the warps of the producer; theirs are asked for in the kernel.
         constants["num_warps"] = 4 if tile.consumers else WARPS
         grid = (-(-shape.sk // BLOCK_N) * shape.b * shape.hk,)
-        rows_grid = (padded // ROWS * heads,)
-        strides = (*forward_out.stride()[:3], *dout.stride()[:3], *lse.stride(), *dlse.stride())
-        before = (forward_out, dout, lse, dlse, stats, sums, shape.hq, shape.sq, padded, *strides)
+        prepare_grid = (heads * padded // PREPARE_ROWS,)
+        strides = (*forward_out.stride(), *dout.stride(), *lse.stride())
+        dlse_strides = (0, 0, 0) if dlse is None else dlse.stride()
+        before = (
+            forward_out, dout, lse, dlse, *stats, shape.hq, shape.sq, padded, *strides, *dlse_strides,
+        )  # fmt: skip
+        before_constants = {"D": shape.d, "BLOCK_D": shape.d, "BLOCK_M": PREPARE_ROWS, "DLSE": dlse is not None}
         dq_keys, dq_stages = DQ_TILES[shape.d]
         dq_grid = (-(-shape.sq // DQ_BLOCK_M) * heads,)
         dq_descriptors = (
@@ -219,12 +199,13 @@ class GluonBackward:
             describe(dq, DQ_BLOCK_M // 2),
         )
         dq_constants = {"D": shape.d, "BLOCK_N": dq_keys, "STAGES": dq_stages, "CAUSAL": shape.causal != "none"}
+        finish_grid = (heads * padded // ROWS,)
         after = (sums, dq, scale, shape.hq, shape.sq, padded, *dq.stride()[:3])
 
         def prepare() -> None:
-            prepare_rows[rows_grid](
-                *before, D=shape.d, ROWS=ROWS, HAS_DLSE=self.dlse, ZERO_DQ=not self.deterministic, num_warps=4
-            )
+            if not self.deterministic:
+                sums.zero_()
+            prepare_rows[prepare_grid](*before, **before_constants, EMULATE=False)
 
         def multiply() -> None:
             products[grid](*arguments, **constants)
@@ -232,25 +213,24 @@ class GluonBackward:
         def finish() -> None:
             if self.deterministic:
                 attention_backward_dq_hopper[dq_grid](
-                    *dq_descriptors, stats, shape.exponent_scale, scale, *sizes, **dq_constants, num_warps=4
+                    *dq_descriptors, *stats, shape.exponent_scale, scale, *sizes, **dq_constants, num_warps=4
                 )
                 return
-            finish_dq[rows_grid](*after, D=shape.d, ROWS=ROWS, num_warps=4)
+            finish_dq[finish_grid](*after, D=shape.d, ROWS=ROWS, num_warps=4)
 
         return prepare, multiply, finish
 
 
-def make_gluon_backward(case: Case, device: Device, *, deterministic: bool) -> GluonBackward:
-    """The Hopper kernel for a case of op ``attention_backward``.
+def make_gluon_backward(shape: Shape, device: Device, *, deterministic: bool) -> GluonBackward:
+    """The Hopper kernel for a case of op ``attention_backward``; ``shape``: the case, read.
 
     Args:
         deterministic: the same bits every time, at 1.4 times the products.
 
     Raises:
         Unsupported: ``gluon_needs_cuda``, ``gluon_dtype``, ``gluon_head_dim``, ``gluon_needs_sm_90``,
-            ``gluon_triton_version``, ``gluon_no_reduction``; and what ``Shape.of`` refuses.
+            ``gluon_triton_version``, ``gluon_no_reduction``.
     """
-    shape = Shape.of(case)
     if device != "cuda":
         raise Unsupported("gluon_needs_cuda", "Gluon cannot be interpreted; use the plain variant on a CPU")
     if shape.dtype not in ("bf16", "fp16"):
@@ -271,4 +251,4 @@ def make_gluon_backward(case: Case, device: Device, *, deterministic: bool) -> G
     if not hasattr(gluon_ir.GluonOpBuilder, "create_async_tma_reduce"):
         raise Unsupported("gluon_no_reduction", f"triton {triton.__version__} has no builder call for bulk reductions")
     numerics = Numerics(accumulate="tensor_core", probabilities=shape.dtype)
-    return GluonBackward(shape, bool(case.axis("dlse")), numerics, deterministic)
+    return GluonBackward(shape, numerics, deterministic)

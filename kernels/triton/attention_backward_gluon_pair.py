@@ -240,7 +240,7 @@ def attention_backward_pair_hopper(
     do_smem = gl.allocate_shared_memory(dtype, [DO_STAGES, 1, 1, BLOCK_M, D], do_desc.layout)
     # K of consumer 0 and 1, then V of 0 and 1.
     kv_smem = gl.allocate_shared_memory(dtype, [4, 1, 1, KEYS, D], k_desc.layout)
-    stats_smem = gl.allocate_shared_memory(gl.float32, [DO_STAGES, 1, 2, BLOCK_M], stats_desc.layout)
+    stats_smem = gl.allocate_shared_memory(gl.float32, [DO_STAGES, 2, 1, BLOCK_M], stats_desc.layout)
     if COMPUTE_DQ:
         ds_smem = gl.allocate_shared_memory(dtype, [4, KEYS, BLOCK_M], TILE_LAYOUT)
         dq_smem = gl.allocate_shared_memory(gl.float32, [2, PANEL, PANEL], dq_desc.layout)

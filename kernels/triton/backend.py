@@ -16,7 +16,7 @@ BACKEND = DeclaredBackend(
         "attention_backward": "vbench.kernels.triton.attention_backward:make",
     },
     # "" takes every shape; "gluon" is for Hopper's copy engine and warp groups, and refuses what they do not take.
-    variants={"attention": ("", "gluon")},
+    variants={"attention": ("", "gluon"), "attention_backward": ("", "gluon", "gluon_deterministic")},
     probe_function="vbench.kernels.triton.probe:probe",
     environment={"cpu": {"TRITON_INTERPRET": "1"}},
 )
