@@ -32,11 +32,13 @@ BACKEND = DeclaredBackend(
     ops={
         "fp4_linear": "vbench.kernels.peers.dense_linear:make",
         "attention": "vbench.kernels.peers.sdpa:make",
+        "attention_backward": "vbench.kernels.peers.sdpa_backward:make",
         "tier_stack": "vbench.kernels.peers.all_resident:make",
     },
     variants={
         "fp4_linear": ("cublas_bf16", "cublas_fp16", "cublas_fp32", "eager_dequant"),
         "attention": ("sdpa_math", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient"),
+        "attention_backward": ("sdpa_math", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient"),
         "tier_stack": ("all_resident",),
     },
     probe_function="vbench.kernels.peers.torch_native:probe",

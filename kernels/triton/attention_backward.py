@@ -96,6 +96,18 @@ class PlainBackward:
         self, inputs: Mapping[str, Any], out: Mapping[str, Any], tiles: BackwardTiles, descriptors: bool
     ) -> Launch:
         """As ``bind``, with tiles of the caller's choice (the tuner's)."""
+        parts = self.bind_parts(inputs, out, tiles, descriptors)
+
+        def launch() -> None:
+            for part in parts:
+                part()
+
+        return launch
+
+    def bind_parts(
+        self, inputs: Mapping[str, Any], out: Mapping[str, Any], tiles: BackwardTiles, descriptors: bool
+    ) -> tuple[Launch, Launch, Launch]:
+        """The three launches, in order: rows prepared, dQ, dK and dV."""
         import torch
 
         from vbench.kernels.triton.attention_backward_kernels import gradient_of_keys, gradient_of_queries, prepare_rows
@@ -152,12 +164,16 @@ class PlainBackward:
         query_grid = (heads * -(-shape.sq // queries.block_m),)
         key_grid = (kv_heads * -(-shape.sk // keys.block_n),)
 
-        def launch() -> None:
+        def rows() -> None:
             prepare_rows[prepare_grid](*prepare, **shared, BLOCK_M=PREPARE_ROWS, DLSE=dlse is not None)
+
+        def of_queries() -> None:
             gradient_of_queries[query_grid](*by_queries, **query_constants)
+
+        def of_keys() -> None:
             gradient_of_keys[key_grid](*by_keys, **key_constants)
 
-        return launch
+        return rows, of_queries, of_keys
 
 
 def make(case: Case, variant: str, device: Device) -> Kernel:
