@@ -55,9 +55,11 @@ def poisoned(inputs: Any) -> dict[str, Any]:
 
 def bind(case: Any, inputs: Any, out: Any, tile: Any) -> tuple[Callable[[], Any], ...]:
     """The candidate's three launches. ``tile``: deterministic, then the fields of a GluonBackwardTile."""
+    from vbench.kernels.triton.attention import Shape
     from vbench.kernels.triton.attention_backward_gluon_host import GluonBackwardTile, make_gluon_backward
 
-    parts: tuple[Callable[[], Any], ...] = make_gluon_backward(case, "cuda", deterministic=tile[0]).bind_parts(
+    shape = Shape.of(case)
+    parts: tuple[Callable[[], Any], ...] = make_gluon_backward(shape, "cuda", deterministic=tile[0]).bind_parts(
         inputs, out, GluonBackwardTile(*tile[1:])
     )
     return parts
@@ -202,8 +204,12 @@ def time_cell(d: int, causal: str, length: int, tiles: list[Any], rounds: int) -
         for i, part in enumerate(("prepare", "multiply", "finish")):
             graphs[f"{label(tile)}.{part}"] = graph_of([parts[i] for parts in bound], repeats)
     samples: dict[str, list[float]] = {name: [] for name in graphs}
-    for graph in graphs.values():
+    for name, graph in graphs.items():
         graph.replay()
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise SystemExit(f"D{d} {causal} S{length}: {name} died: {error}") from error
     for _ in range(rounds):
         for name, graph in graphs.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch has no types
