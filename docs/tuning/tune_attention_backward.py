@@ -187,18 +187,23 @@ def time_cell(d: int, causal: str, length: int, tiles: list[Any], rounds: int) -
     outs = [poisoned(inputs) for inputs in sets]
     repeats = max(2, 2 * round(0.5 * 6e-3 / (flops / 5e14)))
     graphs: dict[str, Any] = {}
+    # A graph holds addresses, not tensors, and each capture empties torch's cache: what a graph reads must stay alive.
+    kept: list[Any] = []
     notes: dict[str, str] = {}
     for name in ("cudnn", "flash"):
         try:
-            graphs[name] = graph_of([peer(name, inputs, causal != "none") for inputs in sets], repeats)
+            kept.append([peer(name, inputs, causal != "none") for inputs in sets])
+            graphs[name] = graph_of(kept[-1], repeats)
         except (RuntimeError, TypeError, ValueError):  # a peer's fault must not cost the run; it is shown
             notes[name] = traceback.format_exc()[-300:]
     from vbench.kernels.triton.attention_backward import make
 
     plain = make(case, "", "cuda")
-    graphs["plain"] = graph_of([plain.bind(inputs, out) for inputs, out in zip(sets, outs, strict=True)], repeats)
+    kept.append([plain.bind(inputs, out) for inputs, out in zip(sets, outs, strict=True)])
+    graphs["plain"] = graph_of(kept[-1], repeats)
     for tile in tiles:
         bound = [bind(case, inputs, out, tile) for inputs, out in zip(sets, outs, strict=True)]
+        kept.append(bound)
         launches = [lambda parts=parts: [part() for part in parts] for parts in bound]
         graphs[label(tile)] = graph_of(launches, repeats)
         for i, part in enumerate(("prepare", "multiply", "finish")):
