@@ -210,6 +210,8 @@ def refused(call: Any) -> str:
         ("heads_not_multiple", {"hq": 3}, ""),
         ("unknown_variant", {}, "cutlass"),
         ("interpreter_off", {}, ""),
+        ("gluon_needs_cuda", {}, "gluon"),
+        ("gluon_needs_cuda", {}, "gluon_deterministic"),
     ],
 )
 def test_refuses_case(monkeypatch: pytest.MonkeyPatch, rule: str, params: dict[str, Any], variant: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from vbench.backend import Device, Kernel, Launch, refuse_beyond
 from vbench.errors import Unsupported
 from vbench.kernels.triton.attention import (
+    GLUON_PARAMETERS,
     PLAIN_PARAMETERS,
     Shape,
     block_source,
@@ -31,7 +32,8 @@ from vbench.kernels.triton.attention_backward_tiles import (
 from vbench.kernels.triton.attention_tiles import Tile, heads_per_group, padded_head_dim
 from vbench.spec import Case, Numerics
 
-VARIANTS = ("",)
+#: "" takes every shape; the others are for Hopper. "gluon" sums dq in any order, "gluon_deterministic" in one.
+VARIANTS = ("", "gluon", "gluon_deterministic")
 INPUT_KINDS = {"q": "q", "k": "k", "v": "k", "out": "q", "lse": "row", "dout": "q"}
 OUTPUT_KINDS = {"dq": "q", "dk": "k", "dv": "k"}
 #: What the two kernels read block after block.
@@ -184,15 +186,21 @@ def make(case: Case, variant: str, device: Device) -> Kernel:
     """Kernel factory of op ``attention_backward``.
 
     Args:
-        variant: ``""`` plain Triton (sm_80 and later, or the interpreter on a CPU).
+        variant: ``""`` plain Triton (sm_80 and later, or the interpreter on a CPU); ``"gluon"`` the Hopper kernel, dq
+            summed in any order; ``"gluon_deterministic"`` the Hopper kernels with the same bits every time.
 
     Raises:
-        Unsupported: ``unknown_variant``; ``parameter_not_taken``; what ``Shape.of`` and ``attention.plain_machine``
-            refuse.
+        Unsupported: ``unknown_variant``; ``parameter_not_taken``; what ``Shape.of``, ``attention.plain_machine`` and
+            the Gluon kernels refuse.
     """
     shape = Shape.of(case)
     if variant not in VARIANTS:
         raise Unsupported("unknown_variant", f"{variant!r} is not one of {VARIANTS}")
+    if variant:
+        from vbench.kernels.triton.attention_backward_gluon_host import make_gluon_backward
+
+        refuse_beyond(case, GLUON_PARAMETERS)
+        return make_gluon_backward(shape, device, deterministic=variant == "gluon_deterministic")
     refuse_beyond(case, PLAIN_PARAMETERS)
     interpreted, copy_engine = plain_machine(device)
     return PlainBackward(shape, device, interpreted, copy_engine, plain_numerics(shape))

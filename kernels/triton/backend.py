@@ -18,7 +18,7 @@ BACKEND = DeclaredBackend(
         "decoder_block": "vbench.kernels.triton.block:make",
     },
     # "" takes every shape; "gluon" is for Hopper's copy engine and warp groups, and refuses what they do not take.
-    variants={"attention": ("", "gluon")},
+    variants={"attention": ("", "gluon"), "attention_backward": ("", "gluon", "gluon_deterministic")},
     probe_function="vbench.kernels.triton.probe:probe",
     environment={"cpu": {"TRITON_INTERPRET": "1"}, "compile": {"TRITON_INTERPRET": "0"}},
     configurations="vbench.kernels.triton.configurations:configurations",
