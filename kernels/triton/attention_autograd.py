@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vbench.backend import Device, Kernel
+from vbench.backend import Device, Kernel, KernelFactory
 from vbench.errors import Unsupported
 from vbench.kernels.triton import attention as forward
 from vbench.kernels.triton import attention_backward as backward
@@ -49,10 +49,8 @@ def _kernel(
     # Features that are off go unsaid, so that a kernel that does not know them is not asked about them.
     off = tuple(name for name in ("window", "softcap") if not values[name])
     place: Device = "cuda" if device == "cuda" else "cpu"
-    made = (forward if op == "attention" else backward).make(
-        Case(op, tuple(values.items()), unsaid=off), variant, place
-    )
-    return made
+    make: KernelFactory = forward.make if op == "attention" else backward.make
+    return make(Case(op, tuple(values.items()), unsaid=off), variant, place)
 
 
 def _of(op: str, variant: str, q: Tensor, k: Tensor, causal: str, window: int, softcap: int) -> Kernel:
