@@ -103,6 +103,7 @@ CASES: dict[str, dict[str, int | str]] = {
         "host_bytes": 256,
         "file_bytes": 4096,
     },
+    "offload_pass": {"mode": "train", "layers": 3, "width": 32, "tokens": 4, "gpu_bytes": 1 << 16},
 }
 
 

@@ -188,6 +188,10 @@ class Tiered:
         with self._changed:
             return asdict(self.stats_)
 
+    @property
+    def closed(self) -> bool:
+        return self._state == "closed"
+
     def close(self) -> None:
         """Take the hooks off and leave every parameter on the host, with its value and gradient. Idempotent.
 
