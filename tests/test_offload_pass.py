@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,3 +155,29 @@ class Spoiling:
 def test_spoiled_weights_are_caught_by_the_second_launch(worker: Worker) -> None:
     result = worker._measure(OFFLOAD_PASS, STREAMED, Spoiling(STREAMED), timed=False, role="own")
     assert (result.outcome, result.reason) == (Outcome.WRONG_VALUE, "second_run")
+
+
+def test_the_large_model_script_finds_nothing_and_finds_a_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(__file__).parents[1] / "docs" / "tuning" / "tier_54gb.py"
+    spec = importlib.util.spec_from_file_location("tier_54gb", path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    small = {"--device": "cpu", "--layers": "9", "--width": "32", "--tokens": "4", "--pinned": "1MB"}
+    sizes = [text for pair in (small | {"--gpu": "30KiB", "--activations": "0"}).items() for text in pair]
+    assert script.main([*sizes, "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "tier_54gb.json").read_text(encoding="utf-8"))
+    assert report["verdict"] == "EQUAL" and 0 < report["resident_layers"] < 9
+
+    def spoilt(*given: Any) -> tuple[Tensor, Tensor]:
+        y, dx = right(*given)
+        given[0].layers[4].weight.grad[3, 3] += 1
+        return y, dx
+
+    right = script.step
+    monkeypatch.setattr(script, "step", spoilt)
+    assert script.main([*sizes, "--out", str(tmp_path)]) == 1
+    report = json.loads((tmp_path / "tier_54gb.json").read_text(encoding="utf-8"))
+    assert report["different"] == ["gradient of layers.4.weight"]
