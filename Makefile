@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Documents with numbers generated from records.
-GENERATED := README.md docs/verdicts.md
+GENERATED := README.md docs/verdicts.md docs/error-rates.md
 
 .PHONY: setup run test check format claims baseline clean
 

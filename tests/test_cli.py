@@ -18,6 +18,7 @@ FROZEN = {
     "show": "run --failed --case --out --format --json",
     "repro": "hash --run --backend --out --json",
     "doctor": "--json",
+    "selftest": "--aa --simulated --seed --out --json",
     "claims list": "--records --ledger --json",
     "claims check": "document --records --ledger --json",
     "claims update": "document --records --ledger --json",

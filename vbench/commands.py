@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vbench import environment, registry, report, spec
+from vbench import environment, registry, report, simulate, spec
 from vbench.backend import Device
 from vbench.claims import Claim, Ledger, arithmetic_metrics, load_ledger, stated_digest
 from vbench.errors import DataError, UsageError
@@ -21,7 +21,7 @@ from vbench.plan import Effort, Job, plan
 from vbench.record import EXCUSED, Record
 from vbench.registry import BackendInfo
 from vbench.resume import Pins, pins, refuse_changes
-from vbench.sources import job_digest
+from vbench.sources import digest, job_digest
 from vbench.store import RUN_FILE, Key, RunStore, new_run_id, read_records, read_summary, start_counts
 
 
@@ -36,6 +36,8 @@ def current_sources(infos: Mapping[str, BackendInfo] | None = None) -> Callable[
     def find(record: Record) -> str | None:
         if record.kind == "arithmetic":
             return stated_digest(stated[record.case]) if record.case in stated else None
+        if record.kind == "selftest":
+            return digest(simulate.SOURCES) if record.backend == simulate.BACKEND else None
         op = ops.get(record.case.partition("[")[0])
         info = infos.get(record.backend)
         if op is None or info is None or op.name not in info.ops:

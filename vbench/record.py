@@ -21,8 +21,8 @@ SCHEMA = 1
 
 #: ``probe``: can the backend be used here. ``check``: value against oracle. ``time``: check, then timing.
 #: ``battery``: trivial kernels against the check. ``arithmetic``: a document's own figures.
-Kind = Literal["probe", "check", "time", "battery", "arithmetic"]
-KINDS: tuple[Kind, ...] = ("probe", "check", "time", "battery", "arithmetic")
+Kind = Literal["probe", "check", "time", "battery", "arithmetic", "pair", "selftest"]
+KINDS: tuple[Kind, ...] = ("probe", "check", "time", "battery", "arithmetic", "pair", "selftest")
 
 Quantity = Literal["graph", "wall", "cold"]
 
