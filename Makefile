@@ -33,9 +33,9 @@ format: setup
 claims: setup
 	for doc in $(GENERATED); do $(BIN)/vbench claims update $$doc || exit 1; done
 
-# Keep from RUN (folders of runs) the records the documents rest on: make baseline RUN=... MACHINE=h200
+# Keep from RUN (folders of runs) the records the documents rest on; prints old and new: make baseline RUN=... MACHINE=h200
 baseline: setup
-	$(BIN)/python -m vbench.baseline results/baselines/$(MACHINE) --run $(RUN) --document $(GENERATED)
+	$(BIN)/vbench baseline update $(RUN) --baseline results/baselines/$(MACHINE) --document $(GENERATED) --write
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis results/runs

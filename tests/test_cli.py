@@ -18,6 +18,8 @@ FROZEN = {
     "show": "run --failed --case --out --format --json",
     "repro": "hash --run --backend --out --json",
     "doctor": "--json",
+    "gate": "run --baseline --strict --format --out",
+    "baseline update": "runs --baseline --document --ledger --out --write --json",
     "selftest": "--aa --simulated --seed --out --json",
     "claims list": "--records --ledger --json",
     "claims check": "document --records --ledger --json",
