@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vbench import documents, gate
+from vbench import documents, regression
 from vbench.claims import Ledger
 from vbench.errors import DataError
 from vbench.judge import SINGLE_PROCESS_MARGIN, CurrentSources
@@ -79,9 +79,9 @@ def select(
     return kept
 
 
-def readings(records: Sequence[Record]) -> dict[gate.Cell, Reading]:
+def readings(records: Sequence[Record]) -> dict[regression.Cell, Reading]:
     """Every timed cell, of peers and subjects too."""
-    values: dict[gate.Cell, list[float]] = {}
+    values: dict[regression.Cell, list[float]] = {}
     for r in records:
         for m in r.measurements if not r.tuning and not r.tree else ():
             values.setdefault((r.case, r.who, m.quantity), []).append(m.median_s)
@@ -89,7 +89,7 @@ def readings(records: Sequence[Record]) -> dict[gate.Cell, Reading]:
 
 
 def _reading(values_s: Sequence[float]) -> Reading:
-    median_s, low_s, high_s, _ = gate.spread(values_s)
+    median_s, low_s, high_s, _ = regression.spread(values_s)
     if len(values_s) == 1:
         low_s, high_s = median_s * (1 - SINGLE_PROCESS_MARGIN), median_s * (1 + SINGLE_PROCESS_MARGIN)
     return Reading(median_s, low_s, high_s, len(values_s))

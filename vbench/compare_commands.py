@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vbench import baseline, commands, documents, gate, registry, simulate
+from vbench import baseline, commands, documents, registry, regression, simulate
 from vbench.errors import DataError
 from vbench.record import Record
 from vbench.roofline import floor_s
@@ -15,7 +15,7 @@ from vbench.sources import digest
 from vbench.store import RECORDS, load_records, read_records, write_records
 
 
-def gate_command(run: str, out: Path, folder: Path, *, strict: bool, fmt: gate.Format) -> int:
+def gate_command(run: str, out: Path, folder: Path, *, strict: bool, fmt: regression.Format) -> int:
     """``vbench gate RUN --baseline DIR``. Pure: reads records, needs no GPU.
 
     Raises:
@@ -24,17 +24,17 @@ def gate_command(run: str, out: Path, folder: Path, *, strict: bool, fmt: gate.F
     path = commands.find_run(run, out)
     loaded = load_records(path)
     reviewed = read_records(folder)
-    result = gate.judge_run(reviewed, loaded.records, floor=_floor(), torn=loaded.torn)
-    code, reasons = gate.exit_code(result, strict=strict)
+    result = regression.judge_run(reviewed, loaded.records, floor=_floor(), torn=loaded.torn)
+    code, reasons = regression.exit_code(result, strict=strict)
     if not loaded.records:
         code, reasons = 3, ["nothing judged: the run has no record"]
     for line in loaded.torn:
         print(f"vbench: {line}; left out, the rest is kept", file=sys.stderr)
-    print(gate.render(result, code, reasons, fmt, {"run": str(path), "baseline": str(folder)}))
+    print(regression.render(result, code, reasons, fmt, {"run": str(path), "baseline": str(folder)}))
     return code
 
 
-def _floor() -> gate.Floor:
+def _floor() -> regression.Floor:
     """Seconds below which the datasheet of a record's GPU calls its time impossible."""
     ops = registry.ops()
 
@@ -69,7 +69,7 @@ def baseline_update(
     old = baseline.replaced(destination, by_suite)
     found = baseline.changes(old, kept)
     timed = [[r for r in side if r.measurements] for side in (old, kept)]
-    unlike = gate.differences(*timed) if all(timed) else ()
+    unlike = regression.differences(*timed) if all(timed) else ()
     if as_json:
         body = {
             "changes": baseline.to_json(found),

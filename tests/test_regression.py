@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vbench import gate
+from vbench import regression
 from vbench.cli import main
 from vbench.errors import DataError
 from vbench.record import DeviceState, Measurement, Outcome, Record
@@ -95,7 +95,7 @@ def test_the_same_passes(files: Files) -> None:
     code, body = files.gate(run_of(), None, "--strict")
     assert (code, words(body)) == (0, ["SAME"] * 3)
     assert body["rows"][0]["baseline_processes"] == 5
-    assert body["rows"][0]["margin"] == gate.LEAST_MARGIN
+    assert body["rows"][0]["margin"] == regression.LEAST_MARGIN
 
 
 def test_ten_percent_slower_fails_and_faster_does_not(files: Files) -> None:
@@ -172,7 +172,7 @@ def test_a_noisy_baseline_has_a_wide_margin_and_says_so(files: Files) -> None:
     noisy = [timed(f"b{i}", 1, 30e-6 * math.exp(0.08 * (-1) ** i)) for i in range(6)]
     code, body = files.gate([timed("now", 1, 33e-6), timed("now", 4)], [*noisy, *baseline_of((4,))])
     assert (code, words(body)) == (0, ["INCONCLUSIVE(noisy_baseline)", "SAME"])
-    assert body["rows"][0]["margin"] > gate.WIDEST_MARGIN
+    assert body["rows"][0]["margin"] > regression.WIDEST_MARGIN
     assert files.gate([timed("now", 1, 60e-6), timed("now", 4)], [*noisy, *baseline_of((4,))])[0] == 1
 
 
@@ -222,7 +222,7 @@ def test_github_annotations_are_escaped_and_counted(files: Files, capsys: pytest
     code = main(["gate", str(files.run), "--baseline", str(files.baseline), "--format", "github"])
     lines = capsys.readouterr().out.splitlines()
     errors = [line for line in lines if line.startswith("::error title=vbench gate::")]
-    assert code == 1 and len(errors) == gate.ANNOTATIONS and errors[-1].endswith("and 5 more, in the table")
+    assert code == 1 and len(errors) == regression.ANNOTATIONS and errors[-1].endswith("and 5 more, in the table")
     assert "margin 5.0 %25" in errors[0]
     assert sum(line.startswith("| fp4_linear[") for line in lines) == 14
 
@@ -237,12 +237,12 @@ def test_the_table_shows_what_is_not_the_same(files: Files, capsys: pytest.Captu
 @given(st.floats(0.5, 2.0), st.lists(st.floats(-0.05, 0.05), min_size=5, max_size=8))
 def test_the_margin_decides_and_nothing_else(factor: float, noise: list[float]) -> None:
     old = [timed(f"b{i}", 1, 30e-6 * math.exp(n)) for i, n in enumerate(noise)]
-    result = gate.judge_run(old, [timed("now", 1, 30e-6 * factor)], floor=lambda r: 0.0)
+    result = regression.judge_run(old, [timed("now", 1, 30e-6 * factor)], floor=lambda r: 0.0)
     (row,) = result.rows
-    assert row.margin is not None and row.ratio is not None and row.margin >= gate.LEAST_MARGIN
+    assert row.margin is not None and row.ratio is not None and row.margin >= regression.LEAST_MARGIN
     assert (row.word == "SLOWER") == (row.ratio > 1 + row.margin)
     assert (row.word == "FASTER") == (row.ratio < 1 / (1 + row.margin))
-    assert gate.exit_code(result, strict=False)[0] == (
+    assert regression.exit_code(result, strict=False)[0] == (
         1 if row.word == "SLOWER" else 3 if row.word == "INCONCLUSIVE" else 0
     )
 
