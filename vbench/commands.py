@@ -16,6 +16,7 @@ from vbench import environment, registry, report, simulate, spec
 from vbench.backend import Device
 from vbench.claims import Claim, Ledger, arithmetic_metrics, load_ledger, stated_digest
 from vbench.errors import DataError, UsageError
+from vbench.gate import listed
 from vbench.judge import ClaimVerdict, exit_code, judge
 from vbench.plan import Effort, Job, plan
 from vbench.record import EXCUSED, Record
@@ -38,6 +39,9 @@ def current_sources(infos: Mapping[str, BackendInfo] | None = None) -> Callable[
             return stated_digest(stated[record.case]) if record.case in stated else None
         if record.kind == "selftest":
             return digest(simulate.SOURCES) if record.backend == simulate.BACKEND else None
+        if record.kind == "compile":
+            compiler = infos.get(record.backend)
+            return digest((compiler.configurations.partition(":")[0],)) if compiler is not None else None
         op = ops.get(record.case.partition("[")[0])
         info = infos.get(record.backend)
         if op is None or info is None or op.name not in info.ops:
@@ -160,13 +164,19 @@ def _plan(recipe: dict[str, Any], infos: dict[str, BackendInfo]) -> tuple[tuple[
     gone = [claim for claim in recipe["claims"] if claim not in stated]
     if gone:
         raise DataError(f"cannot be resumed, start a new run (claim {gone[0]} is in no ledger)")
+    chosen = [known_suites[n] for n in recipe["suites"]]
+    compiled = {}
+    if any(suite.compiles for suite in chosen):
+        with_code = (infos[n] for n in recipe["backends"] if infos[n].configurations)
+        compiled = {i.name: listed(i.name, i.distribution, i.environment.get("compile", {})) for i in with_code}
     jobs = plan(
-        [known_suites[n] for n in recipe["suites"]],
+        chosen,
         [infos[n] for n in recipe["backends"]],
         ops=recipe["ops"],
         effort=recipe["effort"],
         seed=recipe["seed"],
         claims=recipe["claims"],
+        compiled=compiled,
     )
     machine = environment.describe("cpu")
     return jobs, pins(jobs, infos, known_ops, machine, lambda claim: stated_digest(stated[claim]))
@@ -339,10 +349,10 @@ def show_run(run: str, out: Path, failed: bool, case_hash: str | None, fmt: str)
     if failed or case_hash is not None:
         print(report.table(report.frame(records).drop(columns=["suite"]).dropna(axis="columns", how="all"), fmt))
         return 0
-    print(report.table(report.conformance(records), fmt))
-    if any(r.measurements for r in records):
-        print()
-        print(report.table(report.timings(records), fmt))
+    parts = [report.conformance(records)] if any(r.kind == "check" for r in records) else []
+    parts += [report.compiled(records)] if any(r.kind == "compile" for r in records) else []
+    parts += [report.timings(records)] if any(r.measurements for r in records) else []
+    print("\n\n".join(report.table(part, fmt) for part in parts) or "neither checks, compilations nor timings")
     return 0
 
 

@@ -180,7 +180,7 @@ def exit_code(records: Sequence[Record], verdicts: Sequence[ClaimVerdict], *, st
                 notes.append(f"note: claim {verdict.claim} is {found.word}{here}, not reviewed yet")
     if bad:
         return 1, bad + notes
-    judged = any(r.kind in ("check", "time", "battery") and r.outcome not in _NOT_JUDGED for r in records)
+    judged = any(r.kind in ("check", "time", "battery", "compile") and r.outcome not in _NOT_JUDGED for r in records)
     if not judged and not any(v.decided for v in verdicts):
         return 3, ["nothing was judged: no check passed or failed, no claim was decided", *notes]
     if strict:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LAST_SCREEN_LINES = 15
 
 #: Kinds of records that ``vbench repro`` takes.
-REPEATABLE = ("check", "time", "battery")
+REPEATABLE = ("check", "time", "battery", "compile")
 
 
 def si(value: float, unit: str) -> str:
@@ -84,6 +84,29 @@ def conformance(records: Sequence[Record]) -> DataFrame:
         rest = ", ".join(f"{n} {o}" for o, n in sorted(counts.items()) if o != "PASSED")
         rows.append({"backend": who, "op": op, "passed": counts["PASSED"], "other": rest})
     return pd.DataFrame(rows, columns=["backend", "op", "passed", "other"])
+
+
+def compiled(records: Sequence[Record]) -> DataFrame:
+    """Backend x op x architecture: configurations compiled ahead of time, and the most that any of them takes.
+
+    ``spill_bytes`` is the largest local memory of a thread and ``allowed`` how many needed their declared allowance.
+    """
+    import pandas as pd
+
+    cells: dict[tuple[str, str, str], list[Record]] = {}
+    for r in records:
+        params = dict(part.partition("=")[::2] for part in r.case.partition("[")[2].rstrip("]").split(","))
+        if r.kind == "compile" and "arch" in params:
+            cells.setdefault((r.who, params["op"], params["arch"]), []).append(r)
+    rows = []
+    for (who, op, arch), found in sorted(cells.items()):
+        row: dict[str, Any] = {"backend": who, "op": op, "arch": arch, "configurations": len(found)}
+        row["passed"] = sum(r.outcome is Outcome.PASSED for r in found)
+        row["allowed"] = sum(r.reason == "spill_allowed" for r in found)
+        for name in ("registers", "spill_bytes", "shared_bytes"):
+            row[name] = int(max((r.metrics.get(name, 0.0) for r in found), default=0.0))
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def timings(records: Sequence[Record]) -> DataFrame:
@@ -168,6 +191,14 @@ def last_screen(
             f"worst     error/budget {w.worst_over_budget:.3g} in {w.output} by {worst.who} on {case_hash(worst.case)}"
         )
     lines.append(f"slowest   {_slowest_against_peer(records)}")
+    code_read = [r for r in records if r.kind == "compile"]
+    if code_read:
+        passed = sum(r.outcome is Outcome.PASSED for r in code_read)
+        allowed = [r.metrics["spill_bytes"] for r in code_read if r.reason == "spill_allowed"]
+        most = f", at most {max(allowed):.0f} B" if allowed else ""
+        lines.append(
+            f"compiled  {passed} of {len(code_read)} configurations pass, {len(allowed)} by a declared spill{most}"
+        )
     if found:
         lines.append(f"subjects  {', '.join(f'{n} x {what}' for what, n in found.most_common(4))}")
     for r in failed[:3]:

@@ -259,13 +259,17 @@ class Generated:
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """Which cases to try. Fixed check cases are the ones no random draw may be trusted to hit."""
+    """Which cases to try. Fixed check cases are the ones no random draw may be trusted to hit.
+
+    ``compiles``: it also holds every configuration that the backends compile to (the ahead-of-time gate).
+    """
 
     name: str
     summary: str
     checks: tuple[Case, ...] = ()
     generated: tuple[Generated, ...] = ()
     benches: tuple[BenchCase, ...] = ()
+    compiles: bool = False
 
 
 def resolve(reference: str) -> Any:

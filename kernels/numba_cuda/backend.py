@@ -18,5 +18,7 @@ BACKEND = DeclaredBackend(
         "cpu": {"NUMBA_ENABLE_CUDASIM": "1"},
         # Small check cases have small grids on purpose; numba would warn about each of them.
         "cuda": {"NUMBA_ENABLE_CUDASIM": "0", "NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS": "0"},
+        "compile": {"NUMBA_ENABLE_CUDASIM": "0"},
     },
+    configurations="vbench.kernels.numba_cuda.configurations:configurations",
 )

@@ -17,5 +17,6 @@ BACKEND = DeclaredBackend(
     # "" takes every shape; "gluon" is for Hopper's copy engine and warp groups, and refuses what they do not take.
     variants={"attention": ("", "gluon")},
     probe_function="vbench.kernels.triton.probe:probe",
-    environment={"cpu": {"TRITON_INTERPRET": "1"}},
+    environment={"cpu": {"TRITON_INTERPRET": "1"}, "compile": {"TRITON_INTERPRET": "0"}},
+    configurations="vbench.kernels.triton.configurations:configurations",
 )
