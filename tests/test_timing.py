@@ -105,6 +105,17 @@ def test_reading_the_state_is_no_sampling_time() -> None:
     assert take_blocks(slow_sample, monitor(FakeNvml()), **arguments).stopped == "time"
 
 
+def test_sampling_ends_once_the_median_is_known_well_enough() -> None:
+    quiet = itertools.cycle([1.0, 1.0001, 0.9999, 1.0002, 0.9998])
+    arguments: dict[str, Any] = {"count": 60, "least": 10, "limit_s": 1e9, "target": 0.002}
+    taken = take_blocks(lambda: next(quiet), NONE, **arguments)
+    assert (len(taken.samples_s), taken.stopped) == (BLOCK, "interval")
+    noisy = itertools.cycle([1.0, 1.1, 0.9, 1.2, 0.8])
+    # control: noise keeps it going to the cap, and so does having no target
+    assert take_blocks(lambda: next(noisy), NONE, **arguments).stopped == "count"
+    assert take_blocks(lambda: next(quiet), NONE, **{**arguments, "target": None}).stopped == "count"
+
+
 def test_no_monitor_is_said_and_not_zero() -> None:
     measured = time_wall(lambda: sum(range(100)), lambda: None, NONE)
     assert (measured.states, measured.states_absent, measured.clock_hz) == ((), "no_gpu", ())

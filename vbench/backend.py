@@ -77,8 +77,16 @@ class Kernel(Protocol):
         ...
 
 
-#: ``(case, variant, device) -> Kernel``; raises Unsupported for a case it does not take, before any launch.
-KernelFactory = Callable[[Case, str, Device], Kernel]
+class KernelFactory(Protocol):
+    """Makes the kernel of one case.
+
+    ``options`` are texts, and only those that ``Backend.options`` names are ever given: a factory whose backend names
+    none need not take any.
+    """
+
+    def __call__(self, case: Case, variant: str, device: Device, **options: str) -> Kernel:
+        """Raises Unsupported for a case or an option's value it does not take, before any launch."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +166,8 @@ class Backend(Protocol):
         variants: op name -> variant names; an op left out has the single variant ``""``.
         environment: variables set before the worker's first import, per place (interpreter switches).
         timed: optional, default True; False for a backend whose speed means nothing (the oracle).
+        options: optional, op name -> names of the options its factory takes as keyword arguments, for comparing them
+            (``vbench ab triton triton@num_warps=8``).
         configurations: optional, ``module:function() -> Iterable[Configuration]``: what it compiles to, for the
             ahead-of-time gate. Only a backend that has it is probed for the place ``compile``.
     """
@@ -200,6 +210,7 @@ class DeclaredBackend:
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     timed: bool = True
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     configurations: str = ""
 
     def probe(self, device: Place) -> Availability:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vbench import environment, registry, report, simulate, spec
+from vbench import environment, registry, report, selftest, simulate, spec
 from vbench.backend import Device
 from vbench.claims import Claim, Ledger, arithmetic_metrics, load_ledger, stated_digest
 from vbench.errors import DataError, UsageError
@@ -38,7 +38,8 @@ def current_sources(infos: Mapping[str, BackendInfo] | None = None) -> Callable[
         if record.kind == "arithmetic":
             return stated_digest(stated[record.case]) if record.case in stated else None
         if record.kind == "selftest":
-            return digest(simulate.SOURCES) if record.backend == simulate.BACKEND else None
+            rests_on = {simulate.BACKEND: simulate.SOURCES, selftest.BACKEND: selftest.SOURCES}.get(record.backend)
+            return digest(rests_on) if rests_on is not None else None
         if record.kind == "compile":
             compiler = infos.get(record.backend)
             return digest((compiler.configurations.partition(":")[0],)) if compiler is not None else None
@@ -75,15 +76,12 @@ def run_suites(
     as_json: bool,
 ) -> int:
     """``vbench run``. Raises UsageError or DataError for bad input."""
-    from vbench.runner import detect_device
 
     known_suites, known_ops, known_backends = registry.suites(), registry.ops(), registry.backends()
     chosen_suites = registry.choose("suite", suites, known_suites)
     chosen_ops = registry.choose("op", ops, known_ops)
     chosen = registry.choose("backend", backends, known_backends)
-    where: Device = "cuda" if device == "cuda" else "cpu" if device == "cpu" else detect_device()
-    if where == "cuda" and device == "cuda" and detect_device() != "cuda":
-        raise UsageError("--device cuda: torch sees no GPU here; use --device cpu, or run on a machine with CUDA")
+    where = device_of(device)
     run_id = new_run_id()
     recipe = {
         "run": run_id,
@@ -99,6 +97,18 @@ def run_suites(
     summary = {**recipe, "jobs": len(jobs), "pins": pinned}
     store = RunStore(out / run_id, summary)
     return _execute(summary, jobs, known_backends, store, (), {}, strict=strict, as_json=as_json)
+
+
+def device_of(given: str) -> Device:
+    """What ``--device`` means here. Raises UsageError for ``cuda`` where torch sees no GPU."""
+    from vbench.runner import detect_device
+
+    if given == "cpu":
+        return "cpu"
+    found = detect_device()
+    if given == "cuda" and found != "cuda":
+        raise UsageError("--device cuda: torch sees no GPU here; use --device cpu, or run on a machine with CUDA")
+    return found
 
 
 def resume_run(run: str, out: Path, *, strict: bool, as_json: bool) -> int:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vbench import baseline, commands, documents, registry, regression, simulate
-from vbench.errors import DataError
+from vbench import ab, baseline, commands, comparison, documents, registry, regression, selftest, simulate
+from vbench.errors import CaseError, DataError, UsageError
 from vbench.record import Record
-from vbench.roofline import floor_s
+from vbench.roofline import DATASHEETS, floor_s
+from vbench.sides import Side
 from vbench.sources import digest
-from vbench.store import RECORDS, load_records, read_records, write_records
+from vbench.spec import Op
+from vbench.store import RECORDS, load_records, new_run_id, read_records, write_records
 
 
 def gate_command(run: str, out: Path, folder: Path, *, strict: bool, fmt: regression.Format) -> int:
@@ -48,6 +51,45 @@ def _floor() -> regression.Floor:
         return floor_s(str(record.environment.get("gpu", "")), moved, work)
 
     return floor
+
+
+def ab_command(specs: tuple[str, str] | tuple[str], arguments: argparse.Namespace) -> int:
+    """``vbench ab A B``, and ``vbench gate --against A``, whose B is what is installed.
+
+    Raises:
+        UsageError, DataError: sides, cases or numbers that mean nothing.
+    """
+    looks = comparison.looks_between(arguments.pairs, arguments.max_pairs or 2 * arguments.pairs)
+    rule = comparison.Rule(delta=arguments.delta, looks=looks, confirm=arguments.pairs)
+    suites = registry.suites()
+    try:
+        found, path = ab.run_ab(
+            specs,
+            run_id=new_run_id(),
+            infos=registry.backends(),
+            suites=[suites[name] for name in registry.choose("suite", arguments.suite, suites)],
+            ops=registry.ops(),
+            backends=arguments.backend,
+            only_ops=registry.choose("op", arguments.op, registry.ops()),
+            cases=arguments.case,
+            effort=arguments.effort,
+            device=commands.device_of(arguments.device),
+            rule=rule,
+            out=arguments.out,
+            seed=arguments.seed,
+            limit_s=arguments.limit_s,
+        )
+    except CaseError as error:
+        raise UsageError(str(error)) from None
+    code, reasons = ab.exit_code(found, strict=arguments.strict)
+    names = {"a": specs[0], "b": specs[1] if len(specs) == 2 else "installed", "records": str(path)}
+    if arguments.format == "json":
+        print(ab.to_json(found, code, reasons, names))
+        return code
+    if arguments.format == "github":
+        print("\n".join(ab.github_lines(found, code, reasons)))
+    print(ab.to_text(found, code, reasons, names))
+    return code
 
 
 def baseline_update(
@@ -112,6 +154,81 @@ def simulated_selftest(seed: int, out: Path, as_json: bool) -> int:
     if not as_json:
         print(f"\nrecords   {path}")
     return 0
+
+
+def machine_selftest(arguments: argparse.Namespace) -> int:
+    """``vbench selftest --aa``: pairs of identical code on this machine, and of known slowdowns; rates over all pairs.
+
+    Raises:
+        UsageError, DataError: names that are none, nothing to measure or too few pairs, or records that cannot be read.
+    """
+    joined: list[Record] = []
+    for run in arguments.join:
+        joined += read_records(commands.find_run(run, arguments.out))
+    _refuse_twins(joined)
+    run_id = new_run_id()
+    measured, path = _measure_selftest(arguments, run_id) if arguments.pairs else ([], arguments.out / run_id / RECORDS)
+    pairs = [r for r in (*joined, *measured) if r.kind == "pair"]
+    unlike = {
+        name: sorted({str(r.environment.get(name, "-")) for r in pairs if r.measurements}) for name in ("gpu", "driver")
+    }
+    for name, values in unlike.items():
+        if len(values) > 1:
+            raise DataError(f"--join: the runs are of machines that differ in {name}: {' and '.join(values)}")
+    result = selftest.rates(pairs, run=run_id, rule=comparison.Rule())
+    if not result.records:
+        raise DataError(
+            f"no cell has {selftest.PAIRS} pairs yet; the pairs are in {path}: join further runs with --join"
+        )
+    rates_path = path.with_name("selftest.jsonl")
+    write_records(rates_path, result.records)
+    _print_rates(result.records, selftest.BACKEND, arguments.json)
+    if not arguments.json:
+        print(f"\n{selftest.summary(result.records)}")
+        print(f"gated     {result.gated} cells; {len(result.noisy)} are too noisy for a margin of 1 %")
+        for name, one in result.noisy[:10]:
+            print(f"noisy     floor {100 * (one.floor or 0):.2f} % {name}")
+        print(f"records   {rates_path}")
+    return 0
+
+
+def _measure_selftest(arguments: argparse.Namespace, run_id: str) -> tuple[list[Record], Path]:
+    """The pairs of one run, stored as they are made."""
+    infos, ops, suites = registry.backends(), registry.ops(), registry.suites()
+    device = commands.device_of(arguments.device)
+    cases = ab.chosen_cases(
+        [suites[name] for name in registry.choose("suite", arguments.suite, suites)],
+        ops,
+        only_ops=registry.choose("op", arguments.op, ops),
+        cases=arguments.case,
+        effort="full",
+        device=device,
+    )
+    own = [n for n, info in infos.items() if info.role == "own" and info.timed and not info.problem]
+    backends = registry.choose("backend", arguments.backend, infos) if arguments.backend else own
+    cost_s = {c.case: _bound_s(ops[c.op], c.case) for c in cases}
+    cells = selftest.cells_of(selftest.cheapest(cases, cost_s, arguments.cases, arguments.skip), infos, backends)
+    if not cells:
+        raise UsageError("selftest: no timed case of these backends here; name one with --case")
+    return ab.measure_cells(
+        cells,
+        {side: Side("installed") for side in "AB"},
+        run_id=run_id,
+        infos=infos,
+        device=device,
+        out=arguments.out,
+        seed=arguments.seed,
+        pairs=arguments.pairs,
+        limit_s=arguments.limit_s,
+    )
+
+
+def _bound_s(op: Op, case_id: str) -> float:
+    """A lower bound on a case's time on the GPUs we know, to order cases by; 0 where the op gives no figures."""
+    case = op.parse(case_id)
+    moved = op.bytes(case) if op.bytes is not None else 0
+    work = op.flops(case) if op.flops is not None else 0
+    return min(floor_s(gpu, moved, work) for gpu in DATASHEETS)
 
 
 def _print_rates(records: Sequence[Record], backend: str, as_json: bool) -> None:

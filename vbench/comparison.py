@@ -71,6 +71,12 @@ class Rule:
             raise DataError("rule: a confirmation needs at least 2 pairs, or 0 for none")
 
 
+def looks_between(first: int, cap: int) -> tuple[int, ...]:
+    """Looks at ``first`` pairs, at each half of that more, and at ``cap``."""
+    step = max(1, (first + 1) // 2)
+    return (*range(first, cap, step), cap)
+
+
 @dataclass(frozen=True, slots=True)
 class Observation:
     """One pair's log ratio B over A of time, and of cycles where the clock is known; ``pair`` numbers process pairs."""

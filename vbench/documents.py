@@ -19,7 +19,7 @@ Spans
         value quantity=Q backend=WHO rows=P cols=P ...      (as ratio, one side)
         outcomes [hardware=C] [kind=time|check] [suite=S]   (backend x op, jobs counted by outcome)
         claims [only=SUPPORTED,...] [prefix=fp4.]           (claims whose verdict, stated or restated, is among these)
-        rates backend=WHO [stage=cell|suite]                (our own error rates, from ``vbench selftest``)
+        rates backend=WHO [stage=cell|bh|suite]                (our own error rates, from ``vbench selftest``)
 """
 
 from __future__ import annotations
@@ -581,7 +581,7 @@ def _claims_table(selector: _Selector, verdicts: Sequence[ClaimVerdict]) -> list
 
 def _rates_table(selector: _Selector, records: Sequence[Record], current_sources: CurrentSources) -> list[str]:
     backend = selector.take("backend", r"\w+")
-    stage = selector.take("stage", "cell|suite", "")
+    stage = selector.take("stage", "cell|bh|suite", "")
     selector.done()
     return rates_table(records, backend, stage, current_sources)
 

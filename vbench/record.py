@@ -198,7 +198,8 @@ class Record:
         environment: machine and versions; key ``hardware`` is the class claims name (``cpu``, ``sm_90``).
         sources: digest of kernel, oracle and op sources.
         pair, side: for kind ``pair``: number of the process pair in its run, and ``A`` or ``B``.
-        tuning: what was set beside case and variant (a backend's options, ``injected`` slowdown), name -> text.
+        tuning: what was set beside case and variant, name -> text: a backend's options; ``injected``: by what part
+            side B of this cell is slowed on purpose, given on both sides.
         tree: for kind ``pair``: whose kernels these are, where not the installed ones (a revision or a folder's name).
         deadline_s, elapsed_s: the job's limit and its duration in the worker.
     """

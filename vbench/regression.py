@@ -309,10 +309,11 @@ def _annotations(result: Result, code: int, reasons: Sequence[str]) -> list[str]
     warnings = [_sentence(row) for row in result.rows if row.word in _OPEN] + list(result.torn)
     if code and not errors:
         (errors if code == 1 else warnings)[:0] = list(reasons)
-    return [*_commands("error", errors), *_commands("warning", warnings)]
+    return [*workflow_commands("error", errors), *workflow_commands("warning", warnings)]
 
 
-def _commands(level: str, messages: Sequence[str]) -> list[str]:
+def workflow_commands(level: str, messages: Sequence[str]) -> list[str]:
+    """GitHub workflow commands of a level (``error``, ``warning``), no more than GitHub shows."""
     shown = list(messages[:ANNOTATIONS])
     if len(messages) > ANNOTATIONS:
         shown[-1] = f"and {len(messages) - ANNOTATIONS + 1} more, in the table"

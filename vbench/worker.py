@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vbench import check, environment, gate, machine_code, registry, sources, timing
+from vbench import blocks, check, environment, gate, machine_code, registry, sources, timing
 from vbench.backend import Configuration, Device, Kernel, Place
 from vbench.errors import CaseError, Unsupported
 from vbench.monitor import Monitor, NoMonitor, open_monitor, peak_while
@@ -70,6 +70,7 @@ class Worker:
                 raise SystemExit(f"{self.info.problem}: {self.info.detail}")
         self._available: Any = None
         self._monitor: Monitor | NoMonitor | None = None
+        self._open: blocks.OpenCell | None = None
         self._configurations: dict[str, Configuration] | None = None
 
     # -- set-up of a job ---------------------------------------------------------------------------------------------
@@ -102,6 +103,11 @@ class Worker:
             return self.probe()
         if kind == "compile":
             return self.compile(request["case"])
+        if kind in ("arm", "block", "close"):
+            cell = self._open
+            if kind == "close":
+                self._open = None
+            return Result(**blocks.answer(cell, request))
         op, case = self._case(request["op"], request["case"])
         rejected = op.reject(case)
         if rejected is not None:
@@ -112,9 +118,12 @@ class Worker:
         if not available.usable:
             return Result(Outcome.UNAVAILABLE, "not_usable", available.reason)
         factory = resolve(self.backend.ops[op.name])
-        kernel: Kernel = factory(case, request["variant"], self.device)
+        kernel: Kernel = factory(case, request["variant"], self.device, **request.get("options", {}))
         digest = sources.job_digest(self.backend.ops[op.name], op.oracle, op.inputs)
-        result = self._measure(op, case, kernel, timed=kind == "time", role=request["role"])
+        if kind == "open":
+            result = self.open(op, case, kernel, request["rows"])
+        else:
+            result = self._measure(op, case, kernel, timed=kind == "time", role=request["role"])
         result.numerics = asdict(kernel.numerics)
         result.sources = digest
         return result
@@ -144,6 +153,17 @@ class Worker:
         return Result(
             judged.outcome, judged.reason, judged.detail, metrics=judged.metrics, prepare_s=prepare_s, sources=digest
         )
+
+    def open(self, op: Op, case: Case, kernel: Kernel, rows: int) -> Result:
+        """Bind a case for blocks of samples, and compare ``rows`` sampled rows of its first output."""
+        self._open = None
+        began = time.perf_counter()
+        cell = blocks.OpenCell(op, case, kernel, self.device, rows, self.monitor(), self._synchronize)
+        judged = cell.verify()
+        result = Result(judged.outcome, judged.reason, judged.detail, prepare_s=time.perf_counter() - began)
+        result.error = asdict(judged.error) if judged.error is not None else None
+        self._open = cell
+        return result
 
     def battery(self, op: Op, case: Case) -> Result:
         """The trivial kernels must fail this case's comparison, with the widest budget an own kernel may claim."""

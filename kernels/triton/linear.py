@@ -253,11 +253,30 @@ def bind_packed(weight: PackedWeight, x: Any, bias: Any, y: Any, x_name: str, ac
     return launch
 
 
-def make(case: Case, variant: str, device: Device) -> LinearKernel:
+def with_options(plan: Plan, options: Mapping[str, str]) -> Plan:
+    """The plan with ``num_warps`` or ``num_stages`` set by hand, for comparing.
+
+    Raises:
+        Unsupported: ``option_value``, or ``option_not_taken`` where the plan's path chooses these itself.
+    """
+    if not options:
+        return plan
+    if plan.path != "fused":
+        raise Unsupported("option_not_taken", f"path {plan.path} of this case takes no {', '.join(sorted(options))}")
+    for name, value in options.items():
+        # Triton's num_warps is a power of two; a group of warps beyond 32 exceeds a block's 1024 threads.
+        if not value.isdecimal() or (name == "num_warps" and int(value) not in (1, 2, 4, 8, 16, 32)):
+            raise Unsupported("option_value", f"{name}={value}: num_warps is 1, 2, 4, 8, 16 or 32, num_stages a number")
+    warps, stages = (int(options.get(n, old)) for n, old in (("num_warps", plan.warps), ("num_stages", plan.stages)))
+    return replace(plan, warps=warps, stages=stages)
+
+
+def make(case: Case, variant: str, device: Device, **options: str) -> LinearKernel:
     """Factory of fp4_linear.
 
     Raises:
-        Unsupported: ``zero_size``, ``k_odd``, ``k_not_multiple_of_block``, ``too_large``, and ``probe.check_device``'s.
+        Unsupported: ``zero_size``, ``k_odd``, ``k_not_multiple_of_block``, ``too_large``, ``with_options``'s and
+            ``probe.check_device``'s.
     """
     check_device(device)
     m, n, k, fmt = case.axis("m"), case.axis("n"), case.axis("k"), case.text("fmt")
@@ -271,4 +290,5 @@ def make(case: Case, variant: str, device: Device) -> LinearKernel:
     if (n + ROW_PAD) * (k + 256) // 4 >= 2**31:
         raise Unsupported("too_large", f"n={n}, k={k}: packed offsets must fit 31 bits; split the layer")
     hopper = device == "cuda" and linear_gluon_host.available()
-    return LinearKernel(case, device, choose_plan(m, n, k, fmt, case.text("x"), case.text("act"), device, hopper))
+    plan = choose_plan(m, n, k, fmt, case.text("x"), case.text("act"), device, hopper)
+    return LinearKernel(case, device, with_options(plan, options))
