@@ -70,6 +70,19 @@ def add_commands(commands: Any) -> None:
     )
     selftest.add_argument("--json", action="store_true", help="print the records of the rates")
 
+    roofline = commands.add_parser(
+        "roofline", help="measure this machine's ceilings: memory, matrix units, links, files"
+    )
+    roofline.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where (auto)")
+    roofline.add_argument(
+        "--only", action="append", default=[], metavar="WHAT", help="read, copy, matmul, ...; repeatable"
+    )
+    roofline.add_argument("--folder", type=Path, metavar="DIR", help="where the file probes write (the current folder)")
+    roofline.add_argument(
+        "--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results folder ({DEFAULT_OUT})"
+    )
+    roofline.add_argument("--json", action="store_true", help="print the records")
+
 
 def _add_pair_options(parser: argparse.ArgumentParser, pairs: int) -> None:
     """What is measured in pairs, and how much. ``pairs``: the default of --pairs."""
@@ -129,9 +142,16 @@ def _selftest(arguments: argparse.Namespace) -> int:
     return compare_commands.machine_selftest(arguments)
 
 
+def _roofline(arguments: argparse.Namespace) -> int:
+    from vbench.compare_commands import roofline_command
+
+    return roofline_command(arguments.device, arguments.only, arguments.folder, arguments.out, as_json=arguments.json)
+
+
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "gate": _gate,
     "ab": _ab,
     "baseline": _baseline,
     "selftest": _selftest,
+    "roofline": _roofline,
 }

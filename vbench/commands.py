@@ -22,6 +22,7 @@ from vbench.plan import Effort, Job, plan
 from vbench.record import EXCUSED, Record
 from vbench.registry import BackendInfo
 from vbench.resume import Pins, pins, refuse_changes
+from vbench.roofline import Attained, attained, ceilings
 from vbench.sources import digest, job_digest
 from vbench.store import RUN_FILE, Key, RunStore, new_run_id, read_records, read_summary, start_counts
 
@@ -316,6 +317,18 @@ class _Progress:
             print(f"[{self._done}/{self._total}] about {left:.0f} s left; {text}", file=sys.stderr, flush=True)
 
 
+def attainer(records: Sequence[Record]) -> report.Attainer:
+    """What a time attains of its machine's ceilings: those among ``records``, else the baselines'."""
+    ops = registry.ops()
+    known = {**ceilings(baselines()), **ceilings(records)}
+
+    def find(record: Record, median_s: float) -> Attained | None:
+        op = ops.get(record.case.partition("[")[0])
+        return None if op is None else attained(record, median_s, op, known)
+
+    return find
+
+
 def find_run(run: str, out: Path) -> Path:
     """The folder or file that ``RUN`` means: ``latest``, a run id below ``out``, or a path.
 
@@ -347,7 +360,7 @@ def show_run(run: str, out: Path, failed: bool, case_hash: str | None, fmt: str)
         return 0
     if fmt == "csv":
         # The header is there even for no record, so that a reader of columns does not break.
-        print(report.table(report.frame(records), "csv"), end="")
+        print(report.table(report.frame(records, attainer(records)), "csv"), end="")
         return 0
     if not records:
         print("no records")
@@ -361,7 +374,7 @@ def show_run(run: str, out: Path, failed: bool, case_hash: str | None, fmt: str)
         return 0
     parts = [report.conformance(records)] if any(r.kind == "check" for r in records) else []
     parts += [report.compiled(records)] if any(r.kind == "compile" for r in records) else []
-    parts += [report.timings(records)] if any(r.measurements for r in records) else []
+    parts += [report.timings(records, attainer(records))] if any(r.measurements for r in records) else []
     print("\n\n".join(report.table(part, fmt) for part in parts) or "neither checks, compilations nor timings")
     return 0
 

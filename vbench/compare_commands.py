@@ -11,11 +11,12 @@ from pathlib import Path
 from vbench import ab, baseline, commands, comparison, documents, registry, regression, selftest, simulate
 from vbench.errors import CaseError, DataError, UsageError
 from vbench.record import Record
+from vbench.report import si
 from vbench.roofline import DATASHEETS, floor_s
 from vbench.sides import Side
 from vbench.sources import digest
 from vbench.spec import Op
-from vbench.store import RECORDS, load_records, new_run_id, read_records, write_records
+from vbench.store import RECORDS, RunStore, load_records, new_run_id, read_records, write_records
 
 
 def gate_command(run: str, out: Path, folder: Path, *, strict: bool, fmt: regression.Format) -> int:
@@ -229,6 +230,38 @@ def _bound_s(op: Op, case_id: str) -> float:
     moved = op.bytes(case) if op.bytes is not None else 0
     work = op.flops(case) if op.flops is not None else 0
     return min(floor_s(gpu, moved, work) for gpu in DATASHEETS)
+
+
+def roofline_command(device: str, only: Sequence[str], folder: Path | None, out: Path, *, as_json: bool) -> int:
+    """``vbench roofline``: this machine's measured ceilings, one record a probe.
+
+    Raises:
+        UsageError, DataError: an unknown probe, a folder that is none, or a results folder that cannot be written.
+    """
+    from vbench import ceilings
+
+    where = commands.device_of(device)
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"--folder {folder}: no such folder")
+    run_id = new_run_id()
+    with ceilings.temporary_folder(folder) as scratch:
+        every = list(ceilings.probes(where, Path(scratch)))
+        wanted = registry.choose("probe", only, dict.fromkeys(p.what for p in every))
+        chosen = [p for p in every if p.what in wanted]
+        store = RunStore(out / run_id, {"run": run_id, "device": where, "probes": len(chosen)})
+        try:
+            found = ceilings.records(chosen, where, run_id, ceilings.open_monitor_on(where), store.append)
+        finally:
+            store.close()
+    if as_json:
+        print("[" + ",\n".join(r.to_json() for r in found) + "]")
+        return 0
+    for r in found:
+        unit = {"launch": "launches/s", "B": "B/s", "flop": "flop/s", "op": "op/s"}[r.source]
+        value = si(r.metrics["per_s"], unit) if r.metrics else f"{r.label}: {r.detail}"
+        print(f"{r.case:<60} {value}")
+    print(f"records   {store.path}")
+    return 0
 
 
 def _print_rates(records: Sequence[Record], backend: str, as_json: bool) -> None:

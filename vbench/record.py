@@ -22,9 +22,9 @@ SCHEMA = 1
 #: ``probe``: can the backend be used here. ``check``: value against oracle. ``time``: check, then timing.
 #: ``battery``: trivial kernels against the check. ``arithmetic``: a document's own figures. ``compile``: a kernel's
 #: configuration compiled ahead of time and its machine code read. ``pair``: one side of a pair of processes, blocks of
-#: samples between the other's. ``selftest``: our own error rates.
-Kind = Literal["probe", "check", "time", "battery", "arithmetic", "compile", "pair", "selftest"]
-KINDS: tuple[Kind, ...] = ("probe", "check", "time", "battery", "arithmetic", "compile", "pair", "selftest")
+#: samples between the other's. ``selftest``: our own error rates. ``roofline``: a machine's measured ceilings.
+Kind = Literal["probe", "check", "time", "battery", "arithmetic", "compile", "pair", "selftest", "roofline"]
+KINDS: tuple[Kind, ...] = ("probe", "check", "time", "battery", "arithmetic", "compile", "pair", "selftest", "roofline")
 
 Quantity = Literal["graph", "wall", "cold"]
 

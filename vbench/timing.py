@@ -222,7 +222,7 @@ def time_graph(launches: Sequence[Callable[[], Any]], rotated_bytes: int, monito
         sampler.sample,
         monitor,
         count=GRAPH_SAMPLES,
-        least=BLOCK,
+        least=5,
         limit_s=GRAPH_LIMIT_S,
         warm=sampler.warm,
         target=TARGET_HALF_WIDTH,

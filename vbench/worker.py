@@ -157,6 +157,11 @@ class Worker:
     def open(self, op: Op, case: Case, kernel: Kernel, rows: int) -> Result:
         """Bind a case for blocks of samples, and compare ``rows`` sampled rows of its first output."""
         self._open = None
+        if self.device == "cuda":
+            import torch
+
+            # What the allocator keeps of the last case would be missing to the other side of the pair.
+            torch.cuda.empty_cache()
         began = time.perf_counter()
         cell = blocks.OpenCell(op, case, kernel, self.device, rows, self.monitor(), self._synchronize)
         judged = cell.verify()
