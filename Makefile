@@ -10,7 +10,7 @@ GATE := quick
 OTHER_TRITON := build/triton-3.6
 RUNS := results/runs
 
-.PHONY: setup run test check gate wheel-test format claims baseline clean
+.PHONY: setup run test check gate wheel-test format claims matrix baseline clean
 
 setup: .venv/.ready
 
@@ -58,6 +58,11 @@ format: setup
 
 claims: setup
 	for doc in $(GENERATED); do $(BIN)/vbench claims update $$doc || exit 1; done
+
+# What each kernel takes, as the kernels themselves say; a test holds the document to it.
+matrix: setup
+	sed -i '/^## /,$$d' docs/matrix.md
+	$(BIN)/vbench list --matrix --device cpu >> docs/matrix.md
 
 # Keep from RUN (folders of runs) the records the documents rest on; prints old and new: make baseline RUN=... MACHINE=h200
 baseline: setup

@@ -52,7 +52,9 @@ class OpenCell:
         self._graph = device == "cuda" and getattr(kernel, "graph_safe", True)
         copies = self._copies(inputs) if self._graph else 1
         for _ in range(copies):
-            some = {k: v.clone() if hasattr(v, "clone") else v for k, v in inputs.items()} if copies > 1 else inputs
+            some = (
+                {k: check.copied(v) if check.tensors_of(v) else v for k, v in inputs.items()} if copies > 1 else inputs
+            )
             out = check.poisoned(self._expected, device)
             self._bound.append((out, kernel.bind(some, out)))
 

@@ -12,7 +12,7 @@ from vbench import ab, baseline, commands, comparison, documents, registry, regr
 from vbench.errors import CaseError, DataError, UsageError
 from vbench.record import Record
 from vbench.report import si
-from vbench.roofline import DATASHEETS, floor_s
+from vbench.roofline import DATASHEETS, case_floor_s
 from vbench.sides import Side
 from vbench.sources import digest
 from vbench.spec import Op
@@ -46,10 +46,7 @@ def _floor() -> regression.Floor:
         op = ops.get(record.case.partition("[")[0])
         if op is None:
             return 0.0
-        case = op.parse(record.case)
-        moved = op.bytes(case) if op.bytes is not None else 0
-        work = op.flops(case) if op.flops is not None else 0
-        return floor_s(str(record.environment.get("gpu", "")), moved, work)
+        return case_floor_s(str(record.environment.get("gpu", "")), op, op.parse(record.case))
 
     return floor
 
@@ -226,10 +223,7 @@ def _measure_selftest(arguments: argparse.Namespace, run_id: str) -> tuple[list[
 
 def _bound_s(op: Op, case_id: str) -> float:
     """A lower bound on a case's time on the GPUs we know, to order cases by; 0 where the op gives no figures."""
-    case = op.parse(case_id)
-    moved = op.bytes(case) if op.bytes is not None else 0
-    work = op.flops(case) if op.flops is not None else 0
-    return min(floor_s(gpu, moved, work) for gpu in DATASHEETS)
+    return min(case_floor_s(gpu, op, op.parse(case_id)) for gpu in DATASHEETS)
 
 
 def roofline_command(device: str, only: Sequence[str], folder: Path | None, out: Path, *, as_json: bool) -> int:

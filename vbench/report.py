@@ -189,6 +189,7 @@ def last_screen(
     where: str,
     elapsed_s: float,
     device: str,
+    postponed: int = 0,
 ) -> str:
     """At most LAST_SCREEN_LINES lines: what happened, what it means, what to do next."""
     stated = Counter(v.stated.word for v in verdicts if v.stated is not None)
@@ -198,6 +199,8 @@ def last_screen(
     degenerate = int(sum(r.metrics.get("degenerate", 0) for r in battery))
     alive = sum(1 for r in battery if r.outcome is Outcome.WRONG_VALUE)
     missing = Counter(r.reason for r in records if r.outcome in (Outcome.UNAVAILABLE, Outcome.UNSUPPORTED))
+    if postponed:
+        missing["timed rows wait for --effort full"] = postponed
     failed = [r for r in records if r.role in ("own", "harness") and r.outcome not in EXCUSED]
     found = Counter(f"{r.who} {r.outcome.value}" for r in records if r.role == "subject" and r.outcome not in EXCUSED)
     worst = _worst(records)

@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from vbench import blocks, check, environment, gate, machine_code, registry, sources, timing
@@ -24,14 +24,14 @@ from vbench.errors import CaseError, Unsupported
 from vbench.monitor import Monitor, NoMonitor, open_monitor, peak_while
 from vbench.plan import BATTERY
 from vbench.record import Measurement, Outcome
-from vbench.roofline import floor_s
+from vbench.roofline import case_floor_s
 from vbench.spec import Case, Expected, Numerics, Op, resolve
 
 #: Rows of a timed case compared with the oracle; check cases are compared whole.
 TIMED_ROWS = 256
 
 #: Declared numerics an own kernel may have: nothing coarser than fp32 sums counts as correct.
-OWN_ACCUMULATE = ("fp32", "fp64", "tensor_core")
+OWN_ACCUMULATE = ("fp32", "fp64", "tensor_core", "int32")
 
 
 @dataclass(slots=True)
@@ -174,7 +174,7 @@ class Worker:
         """The trivial kernels must fail this case's comparison, with the widest budget an own kernel may claim."""
         widest = Numerics("tensor_core", ("bf16",), "bf16")
         inputs, expected = self._expected(op, case, widest, None)
-        other = Case(case.op, case.params, case.seed + 1)
+        other = replace(case, seed=case.seed + 1)
         _, previous = self._expected(op, other, widest, None)
         survivors, excused = check.trivial_survivors(inputs, expected, previous)
         caught = len(check.TRIVIAL_KERNELS) - len(survivors) - len(excused)
@@ -264,9 +264,7 @@ class Worker:
         if self.device == "cuda":
             import torch
 
-            moved = op.bytes(case) if op.bytes else 0
-            work = op.flops(case) if op.flops else 0
-            floor = floor_s(torch.cuda.get_device_name(0), moved, work)
+            floor = case_floor_s(torch.cuda.get_device_name(0), op, case)
             fastest = min(taken, key=lambda m: min(m.samples_s))
             least_s = min(fastest.samples_s)
             if least_s < floor:
@@ -297,7 +295,7 @@ class Worker:
         copies = timing.copies_needed(size + outputs_size, l2, free_bytes)
         bound = []
         for _ in range(copies):
-            some = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+            some = {k: check.copied(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
             out = check.poisoned(expected, self.device)
             bound.append((some, out, kernel.bind(some, out)))
         measured = timing.time_graph([b[2] for b in bound], copies * (size + outputs_size), self.monitor())

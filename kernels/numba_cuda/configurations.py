@@ -14,12 +14,15 @@ from types import SimpleNamespace
 from typing import Any
 
 from vbench.backend import Configuration, Cubin, Effort, Unit
+from vbench.kernels.numba_cuda import attention_kernels as attention
 from vbench.kernels.numba_cuda import codec_kernels as codec
+from vbench.kernels.numba_cuda import fetch_kernels as fetch
 from vbench.kernels.numba_cuda import linear_kernels as linear
 from vbench.kernels.numba_cuda.program import Program
 
 ARCHITECTURES = (80, 90)
-FORMATS = ("absmax7_tensor", "absmax7_row", "absmax7_g128", "nvfp4")
+FORMATS = ("absmax7_tensor", "absmax7_row", "absmax7_g128", "nvfp4", "mxfp4", "nf4")
+GROUP_ENCODINGS = ("absmax7_g128", "nvfp4", "mxfp4", "mxfp4_rceil", "mxfp4_even", "mxfp4_ceil", "nf4")
 DTYPES = ("bf16", "fp16", "fp32")
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
 
@@ -104,11 +107,20 @@ _SAMPLE: Mapping[tuple[Any, ...], tuple[int, ...]] = {
     ("encode_row", "fp32"): (90,),
     ("encode_group", "nvfp4", "bf16"): (80, 90),
     ("encode_group", "absmax7_g128", "fp32"): (90,),
+    ("encode_group", "mxfp4_even", "fp32"): (90,),
+    ("encode_group", "nf4", "bf16"): (90,),
     ("decode", "absmax7_tensor", "fp32"): (90,),
     ("decode", "nvfp4", "bf16"): (90,),
+    ("decode", "mxfp4", "fp32"): (90,),
+    ("decode", "nf4", "fp16"): (90,),
+    ("copy", "uint32"): (90,),
+    ("forward", "fp32", 8, 1): (80, 90),
+    ("forward", "fp16", 16, 0): (90,),
     ("gemv_words", "absmax7_row", "fp16", "gelu", 0, 1): (90,),
     ("gemv_words", "nvfp4", "bf16", "silu", 1, 8): (80, 90),
+    ("gemv_words", "nf4", "bf16", "silu", 1, 8): (90,),
     ("gemv_bytes", "absmax7_tensor", "fp32", "silu", 1, 8): (90,),
+    ("gemv_bytes", "mxfp4", "bf16", "none", 0, 1): (90,),
     ("tiled", "absmax7_g128", "fp32", "none", 0): (90,),
     ("tiled", "nvfp4", "fp16", "silu", 1): (80, 90),
 }
@@ -135,7 +147,7 @@ def _codecs(arch: int) -> Iterator[Configuration]:
             build = partial(getattr(codec, kernel), dtype)
             kind = _effort(arch, kernel, dtype)
             yield configuration("fp4_quantize", build, kernel, arch, {"w": dtype}, bounds=bounds, effort=kind)
-        for fmt in ("absmax7_g128", "nvfp4"):
+        for fmt in GROUP_ENCODINGS:
             build = partial(codec.encode_group, fmt, dtype)
             kind = _effort(arch, "encode_group", fmt, dtype)
             shape: dict[str, int | str] = {"fmt": fmt, "w": dtype}
@@ -172,8 +184,26 @@ def _linears(arch: int) -> Iterator[Configuration]:
                 )
 
 
+def _attentions(arch: int) -> Iterator[Configuration]:
+    for dtype, columns, causal in product(DTYPES, (1, 2, 4, 8, 16), (False, True)):
+        build: Callable[[], Program] = partial(attention.forward, dtype, columns, causal)
+        shape: dict[str, int | str] = {"dtype": dtype, "columns": columns, "causal": int(causal)}
+        kind = _effort(arch, "forward", dtype, columns, int(causal))
+        limits = {**_SHUFFLES, "flushed_operations": _NONE}
+        yield configuration("attention", build, "forward", arch, shape, unit="ffma", bounds=limits, effort=kind)
+
+
+def _fetches(arch: int) -> Iterator[Configuration]:
+    """Of whole weights; packed ones are fetched by the codec's ``decode``."""
+    for held in ("uint16", "uint32"):
+        kind = _effort(arch, "copy", held)
+        yield configuration("tier_fetch", partial(fetch.copy, held), "copy", arch, {"held": held}, effort=kind)
+
+
 def configurations() -> Iterator[Configuration]:
     """Every program there is, about a thousand for each architecture."""
     for arch in ARCHITECTURES:
         yield from _codecs(arch)
         yield from _linears(arch)
+        yield from _attentions(arch)
+        yield from _fetches(arch)

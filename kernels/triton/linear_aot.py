@@ -29,6 +29,11 @@ AMPERE_SPILL_REASON = (
     "a tile of 128 tokens tuned on sm_90; on sm_80 ptxas spills in its loop too, held to 2 % of the loop's "
     "instructions (docs/tuning/fp4.md, What the compiler makes of it)"
 )
+NVFP4_SPILL_BYTES = 16
+NVFP4_SPILL_REASON = (
+    "256 blocks of float32 a program, tuned on sm_90; on sm_80 four registers do not fit (docs/tuning/fp4.md, What the "
+    "compiler makes of it)"
+)
 _AT_LEAST_ONE = (1.0, math.inf)
 
 
@@ -185,6 +190,7 @@ def _codec(
     warps: int,
     effort: Effort,
     divides: bool,
+    spills: tuple[int, str] = (0, ""),
 ) -> Configuration:
     """A codec kernel. ``divides``: by IEEE division, never an approximation of it."""
     pointer = types.get("w_ptr", types.get("y_ptr", "*fp32"))
@@ -197,6 +203,8 @@ def _codec(
         parameters={"dtype": pointer.removeprefix("*"), **shown, "warps": warps},
         compile=partial(_codec_cubin, kernel, arch, types, constants, warps),
         bounds={"ieee_divisions": _AT_LEAST_ONE if divides else (0.0, 0.0), "approximate_divisions": (0.0, 0.0)},
+        spill_bytes_allowed=spills[0],
+        spill_reason=spills[1],
         effort=effort,
     )
 
@@ -216,7 +224,8 @@ def _codecs() -> Iterator[Configuration]:
             yield _codec(quantize, codec.encode_int_kernel, arch, w | outputs, constants, 4, kind, True)
         types = w | outputs | {"scale_ptr": "*u8"}
         blocks = {"BLOCKS": 256, "COUNT": codec.MAX_PARTIALS}
-        yield _codec(quantize, codec.encode_nvfp4_kernel, arch, types, blocks, 4, effort, True)
+        spills = (NVFP4_SPILL_BYTES, NVFP4_SPILL_REASON) if (arch, dtype) == (80, "fp32") else (0, "")
+        yield _codec(quantize, codec.encode_nvfp4_kernel, arch, types, blocks, 4, effort, True, spills)
         types = {"codes_ptr": "*u8", "global_ptr": "*fp32", "y_ptr": POINTERS[dtype]}
         for one_scale, nvfp4, rows, pairs, warps in (
             (True, False, 2, 512, 8),
