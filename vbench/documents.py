@@ -106,10 +106,26 @@ class Drift:
     found: str
     expected: str
 
+    @property
+    def unregistered(self) -> tuple[str, ...]:
+        """Numbers that stand in the span and in no record behind it, each once."""
+        left = Counter(n.text for n in numerals(self.found)) - Counter(n.text for n in numerals(self.expected))
+        return tuple(left)
+
+    @property
+    def reason(self) -> str:
+        """``stale`` (it rests on other sources and does not say so), ``unregistered`` (a number that no record has) or
+        ``drift``."""
+        if "STALE" in self.expected and self.expected.count("STALE") > self.found.count("STALE"):
+            return "stale"
+        return "unregistered" if self.unregistered else "drift"
+
     def __str__(self) -> str:
-        return (
-            f"{self.where}:{self.line}: {self.what}: found {self.found.strip()!r}, expected {self.expected.strip()!r}"
+        said = {"stale": "stale evidence is not marked STALE: ", "drift": ""}.get(
+            self.reason, f"numbers of no record ({', '.join(self.unregistered[:4])}): "
         )
+        shown = f"found {self.found.strip()!r}, expected {self.expected.strip()!r}"
+        return f"{self.where}:{self.line}: {self.what}: {said}{shown}"
 
 
 def _fenced_lines(lines: Sequence[str]) -> list[bool]:
