@@ -70,6 +70,11 @@ def add_commands(commands: Any) -> None:
     )
     selftest.add_argument("--json", action="store_true", help="print the records of the rates")
 
+    report = commands.add_parser("report", help="a run as one offline HTML page")
+    report.add_argument("run", nargs="?", default="latest", metavar="RUN", help="run id, folder or JSONL file (latest)")
+    report.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="(report.html)")
+    report.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results folder ({DEFAULT_OUT})")
+
     roofline = commands.add_parser(
         "roofline", help="measure this machine's ceilings: memory, matrix units, links, files"
     )
@@ -148,10 +153,17 @@ def _roofline(arguments: argparse.Namespace) -> int:
     return roofline_command(arguments.device, arguments.only, arguments.folder, arguments.out, as_json=arguments.json)
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from vbench.compare_commands import report_command
+
+    return report_command(arguments.run, arguments.out, arguments.output)
+
+
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "gate": _gate,
     "ab": _ab,
     "baseline": _baseline,
     "selftest": _selftest,
     "roofline": _roofline,
+    "report": _report,
 }

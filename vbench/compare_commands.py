@@ -10,9 +10,11 @@ from pathlib import Path
 
 from vbench import ab, baseline, commands, comparison, documents, registry, regression, selftest, simulate
 from vbench.errors import CaseError, DataError, UsageError
+from vbench.judge import judge
 from vbench.record import Record
 from vbench.report import si
 from vbench.roofline import DATASHEETS, case_floor_s
+from vbench.roofline import ceilings as ceilings_of
 from vbench.sides import Side
 from vbench.sources import digest
 from vbench.spec import Op
@@ -255,6 +257,39 @@ def roofline_command(device: str, only: Sequence[str], folder: Path | None, out:
         value = si(r.metrics["per_s"], unit) if r.metrics else f"{r.label}: {r.detail}"
         print(f"{r.case:<60} {value}")
     print(f"records   {store.path}")
+    return 0
+
+
+def report_command(run: str, out: Path, output: Path) -> int:
+    """``vbench report``: one offline page. Exit code 3 where the run has no record.
+
+    Raises:
+        UsageError, DataError: no such run, records that cannot be read, no jinja2, or a file that cannot be written.
+    """
+    from vbench import html_report
+
+    path = commands.find_run(run, out)
+    loaded = load_records(path)
+    for line in loaded.torn:
+        print(f"vbench: {line}; left out, the rest is kept", file=sys.stderr)
+    if not loaded.records:
+        print(f"nothing to report: {path} has no record")
+        return 3
+    books = commands.ledgers()
+    sources = commands.current_sources()
+    verdicts = {name: judge(book, loaded.records, current_sources=sources) for name, book in books.items()}
+    known = {**ceilings_of(commands.baselines()), **ceilings_of(loaded.records)}
+    page = html_report.render(
+        loaded.records,
+        verdicts,
+        books,
+        registry.ops(),
+        known,
+        run=path.stem if path.is_file() else path.name,
+        where=str(path),
+    )
+    html_report.write(output, page)
+    print(f"report    {output} ({len(page.encode()) / 1024:.0f} KiB, {len(loaded.records)} records)")
     return 0
 
 
