@@ -31,7 +31,7 @@ MIB = 1 << 20
 SIZES = tuple(1 << n for n in (20, 22, 24, 26, 28, 30))
 CPU_SIZES = (1 << 20, 1 << 24, 1 << 27)
 TRANSFER_BYTES = 256 * MIB
-FILE_BYTES, FILE_BLOCK, DEPTHS = 256 * MIB, 4 * MIB, (1, 4, 16)
+FILE_BYTES, FILE_BLOCK, DEPTHS = 128 * MIB, 4 * MIB, (1, 4, 16)
 #: Dependent exponentials an element, so that arithmetic and not memory is the limit.
 EXPS = 512
 
@@ -157,7 +157,7 @@ def _gpu_only() -> Iterator[Probe]:
         import torch
 
         data = torch.zeros(1, device="cuda")
-        return lambda: data.zero_(), torch.cuda.synchronize
+        return lambda: data.add_(1), torch.cuda.synchronize
 
     def transfer(pinned: bool, to_device: bool) -> Any:
         def make() -> tuple[Callable[[], Any], Callable[[], None]]:
@@ -246,11 +246,10 @@ def measure(probe: Probe, device: Device, monitor: Monitor | NoMonitor) -> tuple
     """
     launch, synchronize = probe.make()
     if probe.graph:
-        measured = timing.time_graph([launch], 0, monitor)
+        measured = timing.time_graph(timing.rotating_sampler([launch]), 0, monitor)
     else:
         sampler = timing.wall_sampler(launch, synchronize)
-        for _ in range(2):
-            sampler.warm()
+        sampler.warm()
         taken = timing.take_blocks(
             sampler.sample,
             monitor,

@@ -209,12 +209,16 @@ def graph_sampler(launches: Sequence[Callable[[], Any]], count: int, slowdown: f
     return Sampler("graph", count, sample, lambda: graph.replay())
 
 
-def time_graph(launches: Sequence[Callable[[], Any]], rotated_bytes: int, monitor: Monitor | NoMonitor) -> Measurement:
-    """Seconds per launch by replaying a CUDA graph that runs every launch in turn, repeated up to MIN_REPLAY_S."""
+def rotating_sampler(launches: Sequence[Callable[[], Any]]) -> Sampler:
+    """Replay of a CUDA graph that runs every launch in turn, repeated until a replay lasts MIN_REPLAY_S."""
+    most = MAX_REPEATS * len(launches)
+    return graph_sampler(launches, launches_of(graph_estimate_s(launches), MIN_REPLAY_S, len(launches), most))
+
+
+def time_graph(sampler: Sampler, rotated_bytes: int, monitor: Monitor | NoMonitor) -> Measurement:
+    """Seconds per launch by a graph's replays, until the median is known to TARGET_HALF_WIDTH or the limits are met."""
     import torch
 
-    most = MAX_REPEATS * len(launches)
-    sampler = graph_sampler(launches, launches_of(graph_estimate_s(launches), MIN_REPLAY_S, len(launches), most))
     for _ in range(3):
         sampler.warm()
     torch.cuda.synchronize()

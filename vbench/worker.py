@@ -165,6 +165,7 @@ class Worker:
         began = time.perf_counter()
         cell = blocks.OpenCell(op, case, kernel, self.device, rows, self.monitor(), self._synchronize)
         judged = cell.verify()
+        assert judged is not None, "nothing was sampled yet"
         result = Result(judged.outcome, judged.reason, judged.detail, prepare_s=time.perf_counter() - began)
         result.error = asdict(judged.error) if judged.error is not None else None
         self._open = cell
@@ -285,29 +286,16 @@ class Worker:
     def _time_rotated(
         self, kernel: Kernel, inputs: dict[str, Any], expected: dict[str, Expected], result: Result
     ) -> Measurement:
-        """Graph replay over copies of all buffers that together exceed L2; a random copy's output is verified after."""
+        """Graph replay over copies of all buffers that together exceed L2; verified by one more replay after."""
         import torch
 
-        size = sum(t.numel() * t.element_size() for t in check.tensors_of(inputs))
-        outputs_size = sum(torch.Size(w.shape).numel() * w.dtype.itemsize for w in expected.values())
         free_bytes, _ = torch.cuda.mem_get_info()
-        l2 = torch.cuda.get_device_properties(0).L2_cache_size
-        copies = timing.copies_needed(size + outputs_size, l2, free_bytes)
-        bound = []
-        for _ in range(copies):
-            some = {k: check.copied(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-            out = check.poisoned(expected, self.device)
-            bound.append((some, out, kernel.bind(some, out)))
-        measured = timing.time_graph([b[2] for b in bound], copies * (size + outputs_size), self.monitor())
-        pick = int.from_bytes(os.urandom(2), "little") % copies
-        _, out, launch = bound[pick]
-        written = out if launch() is None else None
-        torch.cuda.synchronize()
-        if written is not None:
-            after = check.judge_outputs(written, expected, kernel.produces)
-            if after.outcome is not Outcome.PASSED and result.outcome is Outcome.PASSED:
-                result.outcome, result.reason = after.outcome, "after_timing"
-                result.detail = f"copy {pick}: {after.detail}"
+        bound = blocks.Rotated(kernel, inputs, expected, self.device, free_bytes)
+        sampler = timing.rotating_sampler(bound.launches)
+        measured = timing.time_graph(sampler, bound.rotated_bytes, self.monitor())
+        after = bound.verify(self._synchronize, sampler)
+        if after is not None and after.outcome is not Outcome.PASSED and result.outcome is Outcome.PASSED:
+            result.outcome, result.reason, result.detail = after.outcome, "after_timing", after.detail
         return measured
 
     # -- device ------------------------------------------------------------------------------------------------------
