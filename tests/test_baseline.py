@@ -67,6 +67,25 @@ def test_without_a_document_every_time_is_kept(run: Path, tmp_path: Path) -> Non
     assert read_records(tmp_path / "all") == read_records(run)
 
 
+def test_pairs_make_a_baseline_of_six_processes(tmp_path: Path) -> None:
+    pairs = [
+        dataclasses.replace(
+            timed("triton", "", m, run="aa"), kind="pair", pair=p, side=side, suite="fp4", tuning=tuning
+        )
+        for m in (1, 16)
+        for p in range(1, 11)
+        for side in "AB"
+        for tuning in ({}, {"injected": "0.02"})
+    ]
+    path = tmp_path / "pairs.jsonl"
+    write_records(path, pairs)
+    assert update(tmp_path / "to", [path], [], "--write") == 0
+    kept = read_records(tmp_path / "to")
+    assert len(kept) == 12 and not any(r.tuning for r in kept)
+    assert {r.pair for r in kept} == {1, 2, 3}
+    assert main(["gate", str(path), "--baseline", str(tmp_path / "to")]) == 0
+
+
 def test_old_and_new_stand_side_by_side(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     destination, document = tmp_path / "to", tmp_path / "doc.md"
     document.write_text(TABLE, encoding="utf-8")

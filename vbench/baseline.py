@@ -1,12 +1,13 @@
 """The records a baseline keeps, and what changes when it is taken anew. Writes only when told to.
 
-Kept is what the documents' generated numbers rest on, or, where no document is given, every timed record; so that what
-is committed stays small enough to be reviewed. Suites that the runs did not have are left as they are; one folder a
-machine.
+Kept is what the documents' generated numbers rest on, or, where no document is given, the times of a few processes a
+cell; so that what is committed stays small enough to be reviewed. Suites that the runs did not have are left as they
+are; one folder a machine.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from vbench.store import read_records, write_records
 
 #: More cells than a person reviews.
 LIMIT = 300
+#: More processes of a cell say little more of their spread, and are many bytes.
+KEPT_PROCESSES = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +74,24 @@ def select(
             )
         }
     else:
-        ids = {r.id for r in records if r.measurements}
+        ids = _times(records)
     kept = [r for r in records if r.id in ids and not (on_gpu and r.kind == "arithmetic")]
     cells = {(r.kind, r.case, r.who, r.side, *sorted(r.tuning.items())) for r in kept}
     if len(cells) > LIMIT:
         raise DataError(f"the documents rest on {len(cells)} cells; {LIMIT} is the most a person reviews")
     return kept
+
+
+def _times(records: Sequence[Record]) -> set[str]:
+    """Ids of the times of unchanged code, of the first KEPT_PROCESSES processes of each cell."""
+    seen: Counter[tuple[str, str]] = Counter()
+    ids = set()
+    for r in records:
+        if r.measurements and not r.tuning and not r.tree:
+            seen[r.case, r.who] += 1
+            if seen[r.case, r.who] <= KEPT_PROCESSES:
+                ids.add(r.id)
+    return ids
 
 
 def readings(records: Sequence[Record]) -> dict[regression.Cell, Reading]:

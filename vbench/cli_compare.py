@@ -40,7 +40,12 @@ def add_commands(commands: Any) -> None:
     update.add_argument("runs", nargs="+", metavar="RUN", help="run ids, folders or JSONL files")
     update.add_argument("--baseline", type=Path, required=True, metavar="DIR", help="results/baselines/MACHINE")
     update.add_argument(
-        "--document", type=Path, nargs="+", default=[], metavar="DOC", help="keep what these rest on (every time)"
+        "--document",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DOC",
+        help="keep what these rest on (six times a cell)",
     )
     update.add_argument("--ledger", default="virtual_blackwell", metavar="NAME", help="which ledger")
     update.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results folder ({DEFAULT_OUT})")
