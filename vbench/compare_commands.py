@@ -159,8 +159,10 @@ def simulated_selftest(seed: int, out: Path, as_json: bool) -> int:
 def machine_selftest(arguments: argparse.Namespace) -> int:
     """``vbench selftest --aa``: pairs of identical code on this machine, and of known slowdowns; rates over all pairs.
 
+    Exit code 3 as long as no cell has enough pairs.
+
     Raises:
-        UsageError, DataError: names that are none, nothing to measure or too few pairs, or records that cannot be read.
+        UsageError, DataError: names that are none, nothing to measure, or records that cannot be read.
     """
     joined: list[Record] = []
     for run in arguments.join:
@@ -177,9 +179,9 @@ def machine_selftest(arguments: argparse.Namespace) -> int:
             raise DataError(f"--join: the runs are of machines that differ in {name}: {' and '.join(values)}")
     result = selftest.rates(pairs, run=run_id, rule=comparison.Rule())
     if not result.records:
-        raise DataError(
-            f"no cell has {selftest.PAIRS} pairs yet; the pairs are in {path}: join further runs with --join"
-        )
+        print(f"nothing judged: no cell has {selftest.PAIRS} pairs yet; further runs are added with --join {run_id}")
+        print(f"records   {path}")
+        return 3
     rates_path = path.with_name("selftest.jsonl")
     write_records(rates_path, result.records)
     _print_rates(result.records, selftest.BACKEND, arguments.json)
