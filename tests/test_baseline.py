@@ -77,10 +77,13 @@ def test_pairs_make_a_baseline_of_six_processes(tmp_path: Path) -> None:
         for side in "AB"
         for tuning in ({}, {"injected": "0.02"})
     ]
-    path = tmp_path / "pairs.jsonl"
+    path = tmp_path / "aa.jsonl"
     write_records(path, pairs)
+    other = tmp_path / "to" / "fp4.jsonl"
+    write_records(other, [timed("torch_native", "", 1)])
     assert update(tmp_path / "to", [path], [], "--write") == 0
-    kept = read_records(tmp_path / "to")
+    assert len(read_records(other)) == 1, "a suite's other records are left alone"
+    kept = read_records(tmp_path / "to" / "pairs.jsonl")
     assert len(kept) == 12 and not any(r.tuning for r in kept)
     assert {r.pair for r in kept} == {1, 2, 3}
     assert main(["gate", str(path), "--baseline", str(tmp_path / "to")]) == 0

@@ -16,12 +16,13 @@ from vbench import ab, registry, selftest, sides
 from vbench.blocks import OutOfTurn, answer
 from vbench.cli import main
 from vbench.comparison import Rule, Word, looks_between
-from vbench.errors import UsageError
+from vbench.errors import Unsupported, UsageError
 from vbench.pairs import INJECTION_LAUNCHES, ORDER, Cell, PairRunner, observation, observations
 from vbench.record import Measurement, Outcome, Record
 from vbench.registry import BackendInfo
 from vbench.runner import Failure
 from vbench.sides import Side, parse_side
+from vbench.spec import resolve
 from vbench.store import read_records
 from vbench.timing import extra_launches, launches_of
 
@@ -430,6 +431,16 @@ def test_selftest_joins_stored_runs(
     (rates,) = tmp_path.glob("*/selftest.jsonl")
     assert len(read_records(rates)) == 4
     assert main([*common, "--pairs", "0", "--join", first.parent.name, first.parent.name]) == 2
+
+
+def test_options_reach_the_kernel_or_are_refused() -> None:
+    case = registry.ops()["fp4_linear"].parse(LINEAR)
+    factory = resolve(registry.backends()["triton"].ops["fp4_linear"])
+    plain, tuned = factory(case, "", "cpu"), factory(case, "", "cpu", num_warps="2", num_stages="1")
+    assert (tuned.plan.warps, tuned.plan.stages) == (2, 1) and tuned.plan != plain.plan
+    for name, value in (("num_warps", "3"), ("num_stages", "many")):
+        with pytest.raises(Unsupported, match="option_value"):
+            factory(case, "", "cpu", **{name: value})
 
 
 def test_every_declared_option_names_an_op_of_the_backend() -> None:

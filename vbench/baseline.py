@@ -118,11 +118,18 @@ def changes(old: Sequence[Record], new: Sequence[Record]) -> list[Change]:
 
 
 def files(kept: Sequence[Record], records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Suite -> the rows of its file; empty for a suite that the runs had and of which nothing is kept."""
-    by_suite: dict[str, list[Record]] = {record.suite: [] for record in records if record.suite}
+    """File's name -> its rows; no rows where the runs had such records and none of them is kept.
+
+    A file a suite; pairs apart, so that taking them anew leaves a suite's other records alone.
+    """
+    by_file: dict[str, list[Record]] = {name: [] for name in map(_file_of, records) if name}
     for record in kept:
-        by_suite.setdefault(record.suite or record.kind, []).append(record)
-    return dict(sorted(by_suite.items()))
+        by_file.setdefault(_file_of(record) or record.kind, []).append(record)
+    return dict(sorted(by_file.items()))
+
+
+def _file_of(record: Record) -> str:
+    return "pairs" if record.kind == "pair" else record.suite
 
 
 def replaced(destination: Path, by_suite: dict[str, list[Record]]) -> list[Record]:

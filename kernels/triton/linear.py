@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -218,6 +219,7 @@ class LinearKernel:
 
     Attributes:
         plan: the path and tile sizes taken.
+        options: set by hand, see ``with_options``; they hold for whichever plan is taken.
         numerics: ``tensor_core`` sums for 16-bit x, ``fp32`` for float32 x and in the interpreter.
             ``operand_roundings`` is empty where the decoded weight is exact in the product's operand type.
     """
@@ -225,8 +227,11 @@ class LinearKernel:
     produces = ("y",)
     deterministic = True
 
-    def __init__(self, case: Case, device: Device, plan: Plan) -> None:
+    def __init__(
+        self, case: Case, device: Device, plan: Plan, options: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self.device: Device = device
+        self.options = options
         self.fmt, self.x, self.act = case.text("fmt"), case.text("x"), case.text("act")
         self.m, self.n, self.k = case.axis("m"), case.axis("n"), case.axis("k")
         self.has_bias = bool(case.axis("bias"))
@@ -272,7 +277,8 @@ class LinearKernel:
         if (wide and not self.plan.wide) or (gluon and not linear_gluon_host.takes_tensors(inputs, x, y)):
             # An explicit rule, not a fallback on failure: the copy engine needs aligned rows, the fast scale decode
             # normal scales, and an operand has not the range of all E8M0 scales. ``plan`` says what was taken.
-            self.plan = choose_plan(self.m, self.n, self.k, self.fmt, self.x, self.act, self.device, wide=wide)
+            plan = choose_plan(self.m, self.n, self.k, self.fmt, self.x, self.act, self.device, wide=wide)
+            self.plan = with_options(plan, self.options)
         if self.plan.path == "dequant_cublas":
             return bind_dequant(self.fmt, inputs, x, bias, y, self.x, self.act, self.plan.chunk)
         packed = pack_for(self.plan, self.fmt, inputs, self.n, self.k, self.x)
@@ -382,4 +388,4 @@ def make(case: Case, variant: str, device: Device, **options: str) -> LinearKern
     x = case.text("x")
     wide = needs_wide(fmt, x)
     plan = choose_plan(m, n, k, fmt, x, case.text("act"), device, hopper and not wide, wide)
-    return LinearKernel(case, device, with_options(plan, options))
+    return LinearKernel(case, device, with_options(plan, options), options)
