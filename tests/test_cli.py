@@ -12,7 +12,7 @@ import pytest
 
 from vbench.cli import main, parser
 
-PAIRS = "--suite --op --case --backend --effort --device --pairs --max-pairs --delta --limit-s --seed --out"
+PAIRS = "--suite --op --case --backend --effort --device --pairs --max-pairs --delta --limit-s --floors --seed --out"
 FROZEN = {
     "run": "--suite --backend --op --device --effort --out --seed --resume --dry-run --strict --json",
     "list": "--matrix --device --json",

@@ -17,7 +17,7 @@ from vbench.blocks import OutOfTurn, answer
 from vbench.cli import main
 from vbench.comparison import Rule, Word, looks_between
 from vbench.errors import Unsupported, UsageError
-from vbench.pairs import INJECTION_LAUNCHES, ORDER, Cell, PairRunner, observation, observations
+from vbench.pairs import INJECTION_LAUNCHES, ORDER, Cell, PairRunner, floors, observation, observations
 from vbench.record import Measurement, Outcome, Record
 from vbench.registry import BackendInfo
 from vbench.runner import Failure
@@ -214,6 +214,21 @@ def test_a_side_that_fails_leaves_its_record_and_is_not_tried_again(kind: str, h
     assert made.pairs <= 4 and machine.log.count((side, "start")) == 1, "one pair, no more"
     code, _ = ab.exit_code(found, strict=False)
     assert code == (1 if side == "B" else 3), "our own B wrong is a failure; A's fault leaves nothing decided"
+
+
+def test_a_cell_that_an_aa_run_found_too_noisy_is_not_gated() -> None:
+    noisy, _ = runner(Machine(steady, process=0.05), cell())
+    kept: list[Record] = []
+    noisy.keep = kept.append
+    noisy.measure(10, [cell().name])
+    known = floors(kept, 10)
+    assert list(known) == [cell().name] and known[cell().name] > 0.005
+    slower = Machine(lambda side, backend, case: 1e-5 * (1.1 if side == "B" else 1.0))
+    for given, label in ((known, "INCONCLUSIVE(noisy_cell)"), ({cell().name: 0.004}, "SLOWER"), ({}, "SLOWER")):
+        made, records = runner(slower, cell())
+        found = ab.compare_cells(made, [cell()], Rule(looks=(6,)), records, given)
+        assert found.judged.cells[cell().name].label == label
+    assert floors(kept[:4], 10) == {}, "two pairs say nothing of noise"
 
 
 def test_interpreted_kernels_are_never_timed() -> None:

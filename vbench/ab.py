@@ -122,13 +122,20 @@ class Outcome:
     failures: tuple[Record, ...]
 
 
-def compare_cells(runner: PairRunner, cells: Sequence[Cell], rule: Rule, records: Sequence[Record]) -> Outcome:
+def compare_cells(
+    runner: PairRunner,
+    cells: Sequence[Cell],
+    rule: Rule,
+    records: Sequence[Record],
+    floors: Mapping[str, float] | None = None,
+) -> Outcome:
     """Measure and judge; cells that failed say on which side and why.
 
     Args:
         records: the list that ``runner.keep`` appends to.
+        floors: see ``judge_cells``.
     """
-    judged = judge_cells(runner.measure, [cell.name for cell in cells], rule)
+    judged = judge_cells(runner.measure, [cell.name for cell in cells], rule, floors)
     named = {
         name: replace(one, word=Word.INCOMPARABLE, reason=runner.failed[name]) if name in runner.failed else one
         for name, one in judged.cells.items()
@@ -258,6 +265,7 @@ def run_ab(
     out: Path,
     seed: int,
     limit_s: float | None,
+    floors: Mapping[str, float] | None = None,
 ) -> tuple[Outcome, Path]:
     """Compare two sides in fresh processes. One spec alone: that tree as A, what is installed as B.
 
@@ -283,7 +291,7 @@ def run_ab(
         runner, records, path = _runner(
             stack, cells, sides, summary, scratch, run_id, infos, device, out, seed, time_limit(limit_s)
         )
-        return compare_cells(runner, cells, rule, records), path
+        return compare_cells(runner, cells, rule, records, floors), path
 
 
 def measure_cells(

@@ -106,6 +106,9 @@ def _add_pair_options(parser: argparse.ArgumentParser, pairs: int) -> None:
     parser.add_argument("--max-pairs", type=int, metavar="N", help="pairs at the last look (twice --pairs)")
     parser.add_argument("--delta", type=float, default=0.01, metavar="PART", help="least change that counts (0.01)")
     parser.add_argument("--limit-s", type=float, metavar="S", help="begin no pair that would end later than this")
+    parser.add_argument(
+        "--floors", metavar="RUN", help="run of selftest --aa here: do not gate what it found too noisy"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of who leads (0)")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results folder ({DEFAULT_OUT})")
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vbench import ab, baseline, commands, comparison, documents, registry, regression, selftest, simulate
+from vbench import ab, baseline, commands, comparison, documents, pairs, registry, regression, selftest, simulate
 from vbench.errors import CaseError, DataError, UsageError
 from vbench.judge import judge
 from vbench.record import Record
@@ -62,6 +62,11 @@ def ab_command(specs: tuple[str, str] | tuple[str], arguments: argparse.Namespac
     looks = comparison.looks_between(arguments.pairs, arguments.max_pairs or 2 * arguments.pairs)
     rule = comparison.Rule(delta=arguments.delta, looks=looks, confirm=arguments.pairs)
     suites = registry.suites()
+    floors = {}
+    if arguments.floors is not None:
+        floors = pairs.floors(read_records(commands.find_run(arguments.floors, arguments.out)), looks[0])
+        if not floors:
+            raise DataError(f"--floors {arguments.floors}: no cell of identical code in it has three pairs")
     try:
         found, path = ab.run_ab(
             specs,
@@ -78,6 +83,7 @@ def ab_command(specs: tuple[str, str] | tuple[str], arguments: argparse.Namespac
             out=arguments.out,
             seed=arguments.seed,
             limit_s=arguments.limit_s,
+            floors=floors,
         )
     except CaseError as error:
         raise UsageError(str(error)) from None
@@ -170,14 +176,14 @@ def machine_selftest(arguments: argparse.Namespace) -> int:
     _refuse_twins(joined)
     run_id = new_run_id()
     measured, path = _measure_selftest(arguments, run_id) if arguments.pairs else ([], arguments.out / run_id / RECORDS)
-    pairs = [r for r in (*joined, *measured) if r.kind == "pair"]
+    taken = [r for r in (*joined, *measured) if r.kind == "pair"]
     unlike = {
-        name: sorted({str(r.environment.get(name, "-")) for r in pairs if r.measurements}) for name in ("gpu", "driver")
+        name: sorted({str(r.environment.get(name, "-")) for r in taken if r.measurements}) for name in ("gpu", "driver")
     }
     for name, values in unlike.items():
         if len(values) > 1:
             raise DataError(f"--join: the runs are of machines that differ in {name}: {' and '.join(values)}")
-    result = selftest.rates(pairs, run=run_id, rule=comparison.Rule())
+    result = selftest.rates(taken, run=run_id, rule=comparison.Rule())
     if not result.records:
         print(f"nothing judged: no cell has {selftest.PAIRS} pairs yet; further runs are added with --join {run_id}")
         print(f"records   {path}")

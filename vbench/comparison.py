@@ -207,8 +207,13 @@ class Judged:
     observations: Mapping[str, Sequence[Observation]] = field(default_factory=dict)
 
 
-def judge_cells(measure: Measure, cells: Sequence[str], rule: Rule) -> Judged:
+def judge_cells(
+    measure: Measure, cells: Sequence[str], rule: Rule, floors: Mapping[str, float] | None = None
+) -> Judged:
     """Measure and decide, look by look, then over the suite, then confirm in other processes.
+
+    A cell whose noise floor (standard error of the log ratio of identical code) is in ``floors`` and above delta / 2
+    is not gated: INCONCLUSIVE(noisy_cell) where it would be SLOWER or FASTER.
 
     A cell that is decided at a look is measured no further. ``measure`` is called with ascending looks' new pairs and
     the cells still open; once more, with ``rule.confirm`` pairs, for those that are to be confirmed.
@@ -239,6 +244,9 @@ def judge_cells(measure: Measure, cells: Sequence[str], rule: Rule) -> Judged:
     for cell in cells:
         if not seen[cell]:
             found[cell] = Comparison(Word.INCOMPARABLE, "no_pair")
+    for cell, floor in (floors or {}).items():
+        if cell in found and found[cell].word in _CHANGED and floor > rule.delta / 2:
+            found[cell] = replace(found[cell], word=Word.INCONCLUSIVE, reason="noisy_cell")
     _over_suite(found, rule)
     for cell, one in found.items():
         if one.word in _CHANGED:

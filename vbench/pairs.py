@@ -337,6 +337,20 @@ def observations(records: Iterable[Record]) -> dict[tuple[str, float], list[Obse
     return found
 
 
+def floors(records: Iterable[Record], pairs: int) -> dict[str, float]:
+    """Noise floors from stored pairs of identical code: what the standard error of the log ratio is at ``pairs`` pairs.
+
+    Returns:
+        by case and backend as ``Cell.name`` has them; cells of fewer than three pairs are left out.
+    """
+    clean = [r for r in records if not r.tuning and not r.tree]
+    return {
+        name: statistics.stdev(o.log_time for o in found) / math.sqrt(pairs)
+        for (name, _), found in observations(clean).items()
+        if len(found) >= 3
+    }
+
+
 def _words(r: Record) -> str:
     options = ",".join(f"{k}={v}" for k, v in sorted(r.tuning.items()) if k != "injected")
     return r.who + (f"@{options}" if options else "") + (f" of {r.tree}" if r.tree else "")
