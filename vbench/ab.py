@@ -235,16 +235,17 @@ class Workers:
 
 
 def time_limit(limit_s: float | None, clock: Callable[[], float] = time.monotonic) -> Callable[[], bool]:
-    """Whether another pair may begin: as long as one of the length of the longest so far still fits ``limit_s``."""
-    began = last = clock()
-    longest = 0.0
+    """Whether another pair may begin: as long as one that takes as long as the last still fits ``limit_s``.
+
+    The last, not the longest: the first pair compiles.
+    """
+    began = before = clock()
 
     def may_go_on() -> bool:
-        nonlocal last, longest
+        nonlocal before
         now = clock()
-        longest = max(longest, now - last)
-        last = now
-        return limit_s is None or now - began + longest <= limit_s
+        took, before = now - before, now
+        return limit_s is None or now - began + took <= limit_s
 
     return may_go_on
 
