@@ -273,7 +273,9 @@ def time_wall(launch: Callable[[], Any], synchronize: Callable[[], None], monito
     sampler = wall_sampler(launch, synchronize)
     for _ in range(2):
         sampler.warm()
-    taken = take_blocks(sampler.sample, monitor, count=WALL_SAMPLES, least=3, limit_s=WALL_LIMIT_S)
+    taken = take_blocks(
+        sampler.sample, monitor, count=WALL_SAMPLES, least=3, limit_s=WALL_LIMIT_S, target=TARGET_HALF_WIDTH
+    )
     return measurement(sampler, taken)
 
 
@@ -385,7 +387,14 @@ def time_cold(launch: Callable[[], Any], l2_bytes: int, monitor: Monitor | NoMon
     )
     empty = tuple(clock.sample(lambda: None) for _ in range(EMPTY_SAMPLES))
     clock.late = 0
-    taken = take_blocks(lambda: clock.sample(launch), monitor, count=COLD_SAMPLES, least=5, limit_s=COLD_LIMIT_S)
+    taken = take_blocks(
+        lambda: clock.sample(launch),
+        monitor,
+        count=COLD_SAMPLES,
+        least=5,
+        limit_s=COLD_LIMIT_S,
+        target=TARGET_HALF_WIDTH,
+    )
     return Measurement(
         quantity="cold",
         samples_s=taken.samples_s,
