@@ -23,9 +23,10 @@ import torch
 from vbench.kernels.virtual.estimate import estimate
 from vbench.kernels.virtual.hardware import find_card
 from vbench.kernels.virtual.modules import LanguageModel
-from vbench.kernels.virtual.program import Workload
+from vbench.kernels.virtual.program import Dtype, Workload
 from vbench.kernels.virtual.shapes import PRESETS, ModelShape
 
+DTYPES: tuple[Dtype, ...] = ("fp32", "bf16", "amp")
 MEDIAN_LIMIT, WORST_LIMIT = 0.05, 0.15
 
 
@@ -35,10 +36,10 @@ def points() -> Iterator[tuple[ModelShape, Workload, str]]:
     llama_4 = replace(llama, name="llama-3-8b, 4 layers", layers=4)
     llama_7b_4 = replace(PRESETS["llama-7b"], name="llama-7b, 4 layers", layers=4)
     for name, batch in (("gpt2", 8), ("vb-medium", 4), ("gpt2-medium", 4), ("vb-large", 8), ("gpt2-large", 2)):
-        for dtype in ("fp32", "bf16", "amp"):
+        for dtype in DTYPES:
             for checkpointing in (False, True):
                 yield PRESETS[name], Workload(batch, 1024, dtype, "sdpa", checkpointing), "adamw"
-    for dtype in ("fp32", "bf16", "amp"):
+    for dtype in DTYPES:
         yield PRESETS["gpt2"], Workload(4, 1024, dtype, "eager", dropout=True), "adamw"
         yield PRESETS["gpt2"], Workload(16, 256, dtype, "eager"), "adamw"
         yield llama_7b_4, Workload(2, 1024, dtype, "sdpa"), "adamw"
@@ -134,16 +135,16 @@ def table(summary: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"{summary['points']} points on {summary['gpu']}, torch {summary['torch']}: median error "
         f"{summary['median_error']:.2%}, worst {summary['worst_error']:.2%}",
         "",
-        "| model | batch x seq | numbers | attention | ckpt | optimizer | measured GB | predicted GB | error | peak at |",
+        "| model | batch x seq | numbers | attention | ckpt | optimizer | measured | predicted | error | peak at |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in sorted(rows, key=lambda r: -abs(r.get("error", 0.0))):
-        got = f"{r['measured_bytes'] / 1e9:.3f}" if r["measured_bytes"] else "out of memory"
+        got = f"{r['measured_bytes'] / 1e9:.3f} GB" if r["measured_bytes"] else "out of memory"
         error = f"{r['error']:+.2%}" if "error" in r else "-"
         lines.append(
             f"| {r['model']} | {r['batch']} x {r['sequence']} | {r['dtype']}{' dropout' if r['dropout'] else ''} | "
             f"{r['attention']} | {'yes' if r['checkpointing'] else 'no'} | {r['optimizer']} | {got} | "
-            f"{r['predicted_bytes'] / 1e9:.3f} | {error} | {r['peak_at']} |"
+            f"{r['predicted_bytes'] / 1e9:.3f} GB | {error} | {r['peak_at']} |"
         )
     return "\n".join(lines) + "\n"
 
