@@ -68,11 +68,11 @@ CARDS: Mapping[str, Card] = {
 }  # fmt: skip
 
 
-def find_card(text: str) -> Card:
+def find_card(text: str, option: str = "--gpu") -> Card:
     """The card called ``text``, an unnamed one of that size (``8GB``), or the one in this machine (``auto``).
 
     Raises:
-        UsageError: none of these.
+        UsageError: none of these; the message names ``option``.
     """
     if text == "auto":
         return _this_machines_card()
@@ -82,11 +82,11 @@ def find_card(text: str) -> Card:
     if text[:1].isdigit():
         like = CARDS["rtx3070"]
         return Card(
-            text, parse_bytes(text, "--gpu"), like.context_bytes, like.matrix_workspace_bytes, like.flops,
+            text, parse_bytes(text, option), like.context_bytes, like.matrix_workspace_bytes, like.flops,
             like.link_bytes_s, like.disk_bytes_s,
             f"only its size was given; rates and links of an RTX 3070: {like.source}",
         )  # fmt: skip
-    raise UsageError(f"unknown --gpu {text!r}: give a size such as 8GB, one of {', '.join(CARDS)}, or auto")
+    raise UsageError(f"unknown {option} {text!r}: give a size such as 8GB, one of {', '.join(CARDS)}, or auto")
 
 
 def _this_machines_card() -> Card:

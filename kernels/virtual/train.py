@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vbench.errors import DataError, Unsupported, UsageError
-from vbench.kernels.virtual.corpus import Source, digest_of, join
+from vbench.kernels.virtual.corpus import Corpus, Source, digest_of, join
 from vbench.kernels.virtual.estimate import advise, estimate
 from vbench.kernels.virtual.folder import DATA_FILE, SETTINGS_FILE, TrainingFolder
 from vbench.kernels.virtual.hardware import Card, find_card
@@ -94,6 +94,8 @@ def _say(line: str) -> None:
 
 
 def _begun(folder: TrainingFolder, arguments: argparse.Namespace, device: str) -> tuple[Settings, Source]:
+    from vbench.kernels.virtual.training import attention_kernel
+
     if folder.holds_training:
         raise UsageError(f"--out {folder.path}: holds a training already: go on with --resume, or give another folder")
     if arguments.preset is None:
@@ -102,7 +104,14 @@ def _begun(folder: TrainingFolder, arguments: argparse.Namespace, device: str) -
     if settings.seq > PRESETS[settings.model].context:
         raise UsageError(f"--seq {settings.seq}: {settings.model} has positions for {PRESETS[settings.model].context}")
     _check_budget(settings, arguments)
-    source = join(arguments.data or [], folder.path / DATA_FILE)
+    attention_kernel(settings)  # refused before anything is written
+    data = folder.path / DATA_FILE
+    source = join(arguments.data or [], data)
+    try:
+        Corpus(data, settings.seq, settings.seed)
+    except DataError:
+        data.unlink()
+        raise
     folder.write_settings({"settings": asdict(settings), "data": asdict(source)})
     return settings, source
 
@@ -164,7 +173,7 @@ def _check_budget(settings: Settings, arguments: argparse.Namespace) -> None:
         return
     if arguments.budget is None and settings.device != "cuda":
         raise UsageError("--vgpu-auto: there is no GPU here to plan for; say how much memory it may use with --budget")
-    card = find_card(arguments.budget if arguments.budget is not None else "auto")
+    card = find_card(arguments.budget, "--budget") if arguments.budget is not None else find_card("auto")
     shape = PRESETS[settings.model]
     work = Workload(
         settings.batch, settings.seq, "amp" if settings.mixed_precision else "fp32", "sdpa",

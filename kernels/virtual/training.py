@@ -76,7 +76,7 @@ class Trainer:
         self._folder, self._settings, self._source, self._say = folder, settings, source, say
         self._scalars = scalars
         self._device = torch.device(settings.device)
-        self._kernel = _attention_kernel(settings)
+        self._kernel = attention_kernel(settings)
         self._corpus = Corpus(folder.path / DATA_FILE, settings.seq, settings.seed)
         torch.manual_seed(settings.seed)
         shape = PRESETS[settings.model]
@@ -97,6 +97,7 @@ class Trainer:
         settings = self._settings
         self._model.train()
         last_said = 0.0
+        validation: float | None = None
         try:
             while self.step < self.total_steps:
                 start = time.perf_counter()
@@ -120,11 +121,16 @@ class Trainer:
                         f"step {self.step}/{self.total_steps}  loss {loss:.4f} nats/byte  {tokens_s:,.0f} tokens/s  "
                         + self._memory_line()
                     )
-                if settings.eval_every and self.step % settings.eval_every == 0 and not last:
-                    self._evaluate()
+                if last or (settings.eval_every and self.step % settings.eval_every == 0):
+                    validation = self._evaluate()
+                    self._log.write({"step": self.step, "validation_loss": validation})
+                    self._scalars("validation loss", validation, self.step)
+                    self._say(f"step {self.step}/{self.total_steps}  validation loss {validation:.4f} nats/byte")
                 if last or (settings.checkpoint_every and self.step % settings.checkpoint_every == 0):
                     self._save()
-            return Outcome(self.step, self._evaluate(), self._sample())
+            if validation is None:  # resumed when nothing was left to do
+                validation = self._evaluate()
+            return Outcome(self.step, validation, self._sample())
         finally:
             self._log.close()
 
@@ -176,18 +182,14 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(self) -> float:
-        """Mean validation loss, logged."""
+        """Mean validation loss, in nats a byte."""
         self._model.eval()
         losses, weights = [], []
         for ids, targets in self._corpus.validation_batches(self._settings.batch, self._settings.eval_batches):
             losses.append(self._loss(ids.to(self._device), targets.to(self._device)).item())
             weights.append(len(ids))
         self._model.train()
-        mean = sum(x * w for x, w in zip(losses, weights, strict=True)) / sum(weights)
-        self._log.write({"step": self.step, "validation_loss": mean})
-        self._scalars("validation loss", mean, self.step)
-        self._say(f"step {self.step}/{self.total_steps}  validation loss {mean:.4f} nats/byte")
-        return mean
+        return sum(x * w for x, w in zip(losses, weights, strict=True)) / sum(weights)
 
     @torch.no_grad()
     def _sample(self) -> str:
@@ -314,8 +316,12 @@ def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
 
 
-def _attention_kernel(settings: Settings) -> Callable[[], AbstractContextManager[Any]]:
-    """A context that lets F.scaled_dot_product_attention take one kernel only, where that was asked for."""
+def attention_kernel(settings: Settings) -> Callable[[], AbstractContextManager[Any]]:
+    """A context that lets F.scaled_dot_product_attention take one kernel only, where that was asked for.
+
+    Raises:
+        Unsupported: ``flash_needs_cuda``.
+    """
     if not settings.use_flash_attn:
         return nullcontext
     if settings.device != "cuda":
