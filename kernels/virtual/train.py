@@ -180,7 +180,8 @@ def _check_budget(settings: Settings, arguments: argparse.Namespace) -> None:
         settings.gradient_checkpointing, device="cuda",
     )  # fmt: skip
     needed = estimate(shape, work, "adamw", card)
-    _say(f"estimate: {show_bytes(needed.total)} of {show_bytes(card.memory_bytes)} (context included)")
+    fits = "" if needed.total > card.memory_bytes else ": fits, nothing is tiered"
+    _say(f"estimate: {show_bytes(needed.total)} of {show_bytes(card.memory_bytes)}, context included{fits}")
     if needed.total > card.memory_bytes:
         helps = [a for a in advise(shape, work, "adamw", card) if a.fits and a.change in _KNOBS]
         hint = "; ".join(f"{_KNOBS.get(a.change, a.change)} takes {show_bytes(a.total_bytes)}" for a in helps)
