@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from vbench.errors import DataError, UsageError
+from vbench.errors import DataError, Unsupported, UsageError
 from vbench.kernels.virtual import cli
-from vbench.kernels.virtual.estimate import advise, estimate, largest_batch
+from vbench.kernels.virtual.estimate import Memory, advise, estimate, estimator, largest_batch
 from vbench.kernels.virtual.hardware import CARDS, GIB, find_card
 from vbench.kernels.virtual.modules import LanguageModel
 from vbench.kernels.virtual.program import Program, Workload
@@ -28,6 +30,15 @@ from vbench.kernels.virtual.trace import Traced, estimate_module, trace_step
 from vbench.kernels.virtual.units import parse_bytes
 
 H200 = CARDS["h200"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small run fastest on one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def shapes() -> st.SearchStrategy[ModelShape]:
@@ -183,7 +194,7 @@ def test_memory_grows_with_batch_and_every_saving_saves(name: str) -> None:
     totals = [estimate(shape, replace(work, batch=b), "adamw", H200).total for b in (1, 2, 4, 8, 16)]
     assert totals == sorted(totals) and len(set(totals)) == len(totals)
     card = find_card("rtx3090")
-    for item in advise(shape, work, "adamw", card):
+    for item in advise(estimator(shape, card), work, "adamw", card):
         # Saving is measured, not assumed: amp's weight copies may cost more than its activations save.
         assert item.saves_bytes > 0 or item.change == "--dtype amp"
         assert item.fits == (item.total_bytes <= card.memory_bytes)
@@ -192,11 +203,33 @@ def test_memory_grows_with_batch_and_every_saving_saves(name: str) -> None:
 def test_the_largest_batch_fits_and_the_next_does_not() -> None:
     shape, card = PRESETS["gpt2-medium"], CARDS["rtx3090"]
     for work in (Workload(1, 1024, "amp"), Workload(1, 256, "fp32", "eager")):
-        most = largest_batch(shape, work, "adamw", card)
+        most = largest_batch(estimator(shape, card), work, "adamw", card)
         assert most >= 1
         assert estimate(shape, replace(work, batch=most), "adamw", card).total <= card.memory_bytes
         assert estimate(shape, replace(work, batch=most + 1), "adamw", card).total > card.memory_bytes
-    assert largest_batch(PRESETS["llama-7b"], Workload(1, 128), "adamw", card) == 0
+    assert largest_batch(estimator(PRESETS["llama-7b"], card), Workload(1, 128), "adamw", card) == 0
+
+
+@settings(max_examples=200)
+@given(
+    st.integers(1, 10**6), st.integers(1, 10**4), st.lists(st.integers(0, 10**4), max_size=6), st.integers(1, 10**8),
+    st.integers(2, 4000),
+)  # fmt: skip
+def test_the_largest_batch_is_found_for_any_memory_that_grows(
+    first: int, slope: int, bumps: list[int], size: int, most: int
+) -> None:
+    asked: list[int] = []
+
+    def of(work: Workload, optimizer: str) -> Memory:
+        asked.append(work.batch)
+        extra = sum(b for i, b in enumerate(bumps) if work.batch > 3 ** (i + 1))
+        return Memory(first + slope * (work.batch - 1) + extra, 0, 0, 0, 0, 0, 0, "", 0)
+
+    card = replace(H200, memory_bytes=size)
+    best = max((b for b in range(1, most + 1) if of(Workload(b, 1), "sgd").total <= size), default=0)
+    asked.clear()
+    assert largest_batch(of, Workload(1, 1), "sgd", card, most) == best
+    assert len(asked) <= 2 + (4 if not bumps else 40)
 
 
 @settings(max_examples=60)
@@ -272,8 +305,8 @@ def test_a_hugging_face_config_gives_the_presets_shape(tmp_path: Path) -> None:
         ({"num_hidden_layers": True}, "num_hidden_layers=True"),
         ({"num_key_value_heads": 5}, "do not divide"),
         ({"hidden_size": 4097}, "does not divide"),
-        ({"model_type": "mamba"}, "'mamba' is not supported"),
-        ({"model_type": ["llama"]}, "is not supported"),
+        ({"model_type": "mamba"}, "another_architecture.*'mamba'"),
+        ({"model_type": ["llama"]}, "another_architecture"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes'"),
     ],
@@ -281,7 +314,7 @@ def test_a_hugging_face_config_gives_the_presets_shape(tmp_path: Path) -> None:
 def test_a_bad_config_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**HF_LLAMA, **change}))
-    with pytest.raises(DataError, match=message):
+    with pytest.raises((DataError, Unsupported), match=message):
         find_shape(str(path))
 
 
@@ -325,6 +358,35 @@ def test_bad_input_ends_with_2_and_a_name(
 ) -> None:
     assert cli.main(["estimate", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_transformers_own_code_is_traced_or_its_absence_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.json"
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    rest = {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 300, "max_position_embeddings": 64}
+    path.write_text(json.dumps({"model_type": "qwen3", **small, **rest}))
+    argv = ["estimate", str(path), "--gpu", "8GB", "--seq", "32", "--json"]
+    assert cli.main(argv) == 2
+    assert "another_architecture" in capsys.readouterr().err
+    argv += ["--implementation", "transformers"]
+    if importlib.util.find_spec("transformers") is None:
+        assert cli.main(argv) == 2
+        assert "needs_transformers" in capsys.readouterr().err
+        return
+    assert cli.main(argv) == 0
+    body = json.loads(capsys.readouterr().out)
+    assert body["parameters"] > 2 * 300 * 64 and body["largest_batch"] > 1 and body["plan"] is None
+    for more, message in (
+        (["--gpus", "2"], "--gpus"), (["--tied"], "--tied"), (["--seq", "65"], "positions for 64"),
+        (["--batch", "0"], "at least 1"),
+    ):  # fmt: skip
+        assert cli.main([*argv, *more]) == 2
+        assert message in capsys.readouterr().err
+    path.write_text(json.dumps({"model_type": "no such thing"}))
+    assert cli.main(argv) == 2
+    assert "cannot build" in capsys.readouterr().err
 
 
 def test_estimating_needs_no_torch() -> None:

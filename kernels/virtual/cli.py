@@ -6,9 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from vbench.errors import DataError, Unsupported, UsageError
 from vbench.kernels.virtual.errors import TrainingError
@@ -37,6 +35,10 @@ def parser() -> argparse.ArgumentParser:
     est.add_argument(
         "--tied", action=argparse.BooleanOptionalAction, help="output layer tied to the embedding (as the model has it)"
     )
+    est.add_argument(
+        "--implementation", choices=("own", "transformers"), default="own",
+        help="whose code is estimated: this package's, or that of a config.json's model in transformers (own)",
+    )  # fmt: skip
     est.add_argument("--pinned", default="32GiB", metavar="SIZE", help="pinned host memory to plan with (32GiB)")
     est.add_argument("--file", default="256GiB", metavar="SIZE", help="disk space to plan with (256GiB)")
     est.add_argument("--json", action="store_true", help="print JSON")
@@ -95,90 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _estimate(arguments: argparse.Namespace) -> int:
-    from vbench.kernels.virtual.estimate import advise, assumptions, estimate, largest_batch, memory_json
-    from vbench.kernels.virtual.hardware import find_card
-    from vbench.kernels.virtual.program import Workload
-    from vbench.kernels.virtual.shapes import find_shape
-    from vbench.kernels.virtual.tierplan import HOST_OPTIMIZER_BYTES_S, plan_tiers, tier_advice
-    from vbench.kernels.virtual.units import parse_bytes, show_bytes
+    from vbench.kernels.virtual.report import report
 
-    shape = find_shape(arguments.model)
-    if arguments.tied is not None:
-        shape = replace(shape, tied=arguments.tied)
-    card = find_card(arguments.gpu)
-    sequence = arguments.seq if arguments.seq is not None else min(shape.context, 1024)
-    work = Workload(
-        arguments.batch, sequence, arguments.dtype, arguments.attention, arguments.checkpointing, arguments.dropout
-    )
-    optimizer = arguments.optimizer
-    memory = estimate(shape, work, optimizer, card)
-    plan = plan_tiers(
-        shape, work, memory, card, gpus=arguments.gpus,
-        pinned_bytes=parse_bytes(arguments.pinned, "--pinned"), file_bytes=parse_bytes(arguments.file, "--file"),
-    )  # fmt: skip
-    batch = largest_batch(shape, work, optimizer, card)
-    advice = advise(shape, work, optimizer, card) + tier_advice(plan, memory, card)
-    advice.sort(key=lambda a: -a.saves_bytes)
-    known = [
-        *assumptions(shape, work, optimizer, card),
-        f"plan: --pinned {arguments.pinned}, --file {arguments.file}; host optimizer at "
-        f"{HOST_OPTIMIZER_BYTES_S / 1e9:g} GB/s assumed; times are lower bounds with all copies overlapped",
-    ]
-    fits = memory.total <= card.memory_bytes
-    if arguments.json:
-        body: dict[str, Any] = {
-            "model": asdict(shape),
-            "parameters": shape.parameters,
-            "workload": asdict(work),
-            "optimizer": optimizer,
-            "card": asdict(card),
-            "bytes": memory_json(memory),
-            "fits": fits,
-            "largest_batch": batch,
-            "plan": {
-                **asdict(plan), "step_s": plan.step_s, "overhead": plan.overhead, "bound_by": plan.bound_by,
-                "gpus": arguments.gpus,
-            },
-            "advice": [asdict(a) for a in advice],
-            "assumptions": known,
-        }  # fmt: skip
-        print(json.dumps(body, indent=1, ensure_ascii=False))
-        return 0
-    print(f"{shape.name}: {shape.parameters / 1e6:.2f} M parameters; one training step, largest at: {memory.peak_at}")
-    for part in ("parameters", "gradients", "optimizer", "activations", "logits", "workspace", "context"):
-        print(f"  {part:<12} {show_bytes(getattr(memory, part)):>12}")
-    verdict = "fits" if fits else f"does not fit, by {show_bytes(memory.total - card.memory_bytes)}"
-    print(
-        f"  {'total':<12} {show_bytes(memory.total):>12}   on {card.name} ({show_bytes(card.memory_bytes)}): {verdict}"
-    )
-    print(f"largest batch of {sequence} tokens without tiers: {batch}")
-    print("tier plan:" if plan.feasible else f"no tier plan: {plan.why} (short by {show_bytes(plan.short_bytes)})")
-    for level in plan.levels:
-        print(
-            f"  {level.name:<12} {show_bytes(level.used_bytes):>12} of {show_bytes(level.capacity_bytes)}: parameters "
-            f"{show_bytes(level.parameters)}, gradients {show_bytes(level.gradients)}, optimizer "
-            f"{show_bytes(level.optimizer)}, working {show_bytes(level.working)}"
-        )
-    if plan.feasible:
-        print(
-            f"  a step takes at least {plan.step_s:.3g} s, bound by {plan.bound_by} "
-            f"(arithmetic {plan.compute_s:.3g} s, "
-            f"host link {plan.link_s:.3g} s, disk {plan.disk_s:.3g} s, host optimizer {plan.host_s:.3g} s)"
-        )
-        if plan.hidden_tokens > work.tokens:
-            print(
-                f"  the link hides behind arithmetic from {plan.hidden_tokens} tokens a step on, not at {work.tokens}"
-            )
-    print("advice, most saving first:")
-    for item in advice:
-        end = "fits" if item.fits else "does not fit"
-        print(
-            f"  {item.change:<24} saves {show_bytes(item.saves_bytes):>10} -> {show_bytes(item.total_bytes)}, {end}; "
-            f"cost: {item.cost}"
-        )
-    print("assumptions:")
-    for line in known:
-        print(f"  {line}")
+    body = report(arguments)
+    print(json.dumps(body.json(), indent=1, ensure_ascii=False) if arguments.json else body.text())
     return 0
 
 

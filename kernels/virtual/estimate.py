@@ -7,7 +7,7 @@ of what lives at one time, not the sum of maxima.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -66,6 +66,10 @@ class Memory:
             self.parameters + self.gradients + self.optimizer + self.activations
             + self.logits + self.workspace + self.context
         )  # fmt: skip
+
+
+#: (workload, optimizer) -> memory of one step
+Estimator = Callable[[Workload, str], Memory]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,28 +140,46 @@ def state_bytes(elements: int, element_bytes: int, optimizer: str) -> int:
     return int(elements * OPTIMIZERS[optimizer][0] * element_bytes)
 
 
-def largest_batch(shape: ModelShape, work: Workload, optimizer: str, card: Card, most: int = 1 << 16) -> int:
-    """Most sequences whose step fits the card, 0 where one does not; memory grows with the batch, so by bisection."""
+def estimator(shape: ModelShape, card: Card) -> Estimator:
+    """``estimate`` for one model and card."""
+    return lambda work, optimizer: estimate(shape, work, optimizer, card)
 
-    def fits(batch: int) -> bool:
-        return estimate(shape, replace(work, batch=batch), optimizer, card).total <= card.memory_bytes
 
-    if not fits(1):
+def largest_batch(of: Estimator, work: Workload, optimizer: str, card: Card, most: int = 1 << 16) -> int:
+    """Most sequences whose step fits the card, at most ``most``; 0 where not even one does.
+
+    Memory grows with the batch, nearly in a line: the line through two batches gives a guess, and the answer is
+    bracketed from there, so that few steps are estimated.
+    """
+
+    def total(batch: int) -> int:
+        return of(replace(work, batch=batch), optimizer).total
+
+    one, two = total(1), total(2)
+    if one > card.memory_bytes:
         return 0
-    low, high = 1, 2
-    while high <= most and fits(high):
-        low, high = high, 2 * high
-    if high > most:
-        return most
+    slope = max(1, two - one)
+    low = 1
+    high = min(most, max(2, 1 + (card.memory_bytes - one) // slope))
+    width = 1
+    while total(high) <= card.memory_bytes:
+        if high == most:
+            return most
+        low, high, width = high, min(most, high + width), 2 * width
+    width = 1
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        # Near the guess on either side first; then halves.
+        middle = max(low + 1, high - width) if high - width > low else (low + high) // 2
+        if total(middle) <= card.memory_bytes:
+            low = middle
+        else:
+            high, width = middle, 4 * width
     return low
 
 
-def advise(shape: ModelShape, work: Workload, optimizer: str, card: Card) -> list[Advice]:
+def advise(of: Estimator, work: Workload, optimizer: str, card: Card) -> list[Advice]:
     """Every change not made yet, the most saving first."""
-    now = estimate(shape, work, optimizer, card)
+    now = of(work, optimizer)
     changes: list[tuple[str, Workload, str, str]] = []
     if work.dtype == "fp32":
         changes.append((
@@ -190,16 +212,24 @@ def advise(shape: ModelShape, work: Workload, optimizer: str, card: Card) -> lis
         ))  # fmt: skip
     out = []
     for change, changed, with_optimizer, cost in changes:
-        then = estimate(shape, changed, with_optimizer, card).total
+        then = of(changed, with_optimizer).total
         out.append(Advice(change, now.total - then, then, then <= card.memory_bytes, cost))
-    frozen = frozen_fp4_saving(shape, work, optimizer)
-    out.append(
-        Advice(
-            "FP4 for frozen weights", frozen, now.total - frozen, now.total - frozen <= card.memory_bytes,
-            "the blocks' weight matrices no longer train (nvfp4, 4.5 bits a weight): only for fine-tuning the rest",
-        )
+    return by_saving(out)
+
+
+def by_saving(advice: list[Advice]) -> list[Advice]:
+    """The most saving first."""
+    return sorted(advice, key=lambda a: -a.saves_bytes)
+
+
+def fp4_advice(shape: ModelShape, work: Workload, optimizer: str, card: Card) -> Advice:
+    """What FP4 would save: only where the blocks' weight matrices are frozen."""
+    saved = frozen_fp4_saving(shape, work, optimizer)
+    total = estimate(shape, work, optimizer, card).total - saved
+    return Advice(
+        "FP4 for frozen weights", saved, total, total <= card.memory_bytes,
+        "the blocks' weight matrices no longer train (nvfp4, 4.5 bits a weight): only for fine-tuning the rest",
     )  # fmt: skip
-    return sorted(out, key=lambda a: -a.saves_bytes)
 
 
 def frozen_fp4_saving(shape: ModelShape, work: Workload, optimizer: str) -> int:
@@ -215,6 +245,15 @@ def frozen_fp4_saving(shape: ModelShape, work: Workload, optimizer: str) -> int:
 def assumptions(shape: ModelShape, work: Workload, optimizer: str, card: Card) -> list[str]:
     """Every choice an estimate rests on, in words."""
     heads = "tied to the embedding (counted once)" if shape.tied else "with weights of its own"
+    return [
+        f"model: {shape.parameters:,} parameters; output layer {heads}; shapes from {shape.source}",
+        "this package's modules: another implementation saves other tensors (--implementation transformers)",
+        *step_assumptions(work, optimizer, card),
+    ]
+
+
+def step_assumptions(work: Workload, optimizer: str, card: Card) -> list[str]:
+    """The choices that concern the step and the card."""
     kinds = {
         "fp32": "fp32 throughout, TF32 or not",
         "bf16": "parameters, gradients, optimizer states and arithmetic in bf16, no fp32 master copy",
@@ -225,15 +264,13 @@ def assumptions(shape: ModelShape, work: Workload, optimizer: str, card: Card) -
         "sdpa": "PyTorch's fused kernel: scores are not kept",
     }
     return [
-        f"model: {shape.parameters:,} parameters; output layer {heads}; shapes from {shape.source}",
         f"batch {work.batch}, sequence {work.sequence}",
         f"numbers: {kinds[work.dtype]}",
         f"attention: {work.attention}: {kernels[work.attention]}",
         "checkpointing: " + ("each block" if work.checkpointing else "none"),
         "dropout: " + ("on, masks of one byte an element" if work.dropout else "none"),
         f"optimizer: {optimizer}: {OPTIMIZERS[optimizer][1]}; fused, no temporaries",
-        "gradients set to None after each step; loss in fp32 over all positions at once",
-        "eager execution of this package's modules: another implementation saves other tensors",
+        "eager execution; gradients set to None after each step; loss in fp32 over all positions at once",
         f"cuBLAS workspaces: {card.matrix_workspace_bytes:,} bytes from the allocator",
         "the allocator's fragmentation is not in the total",
         f"card: {card.memory_bytes:,} bytes; {card.source}",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from vbench.errors import DataError, UsageError
+from vbench.errors import DataError, Unsupported, UsageError
 
 Family = Literal["gpt", "llama"]
 
@@ -179,7 +179,8 @@ def find_shape(model: str) -> ModelShape:
 
     Raises:
         UsageError: neither a preset nor a file.
-        DataError: the file is unreadable, or its architecture is none of ours.
+        DataError: the file is unreadable or malformed.
+        Unsupported: its architecture is none of ours.
     """
     if model in PRESETS:
         return PRESETS[model]
@@ -198,7 +199,8 @@ def read_hf_config(path: Path) -> ModelShape:
     """The shape in a Hugging Face ``config.json``.
 
     Raises:
-        DataError: unreadable, a field missing or of the wrong kind, or an architecture that is none of ours.
+        DataError: unreadable, or a field missing or of the wrong kind.
+        Unsupported: an architecture that is none of ours.
     """
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
@@ -208,9 +210,11 @@ def read_hf_config(path: Path) -> ModelShape:
         raise DataError(f"{path}: a config.json holds one object")
     kind = body.get("model_type")
     if not isinstance(kind, str) or kind not in _HF_FAMILIES:
-        raise DataError(
-            f"{path}: model_type {kind!r} is not supported ({', '.join(_HF_FAMILIES)} are). Build the model on the "
-            "meta device and call vbench.kernels.virtual.trace.estimate_module, which takes any nn.Module"
+        raise Unsupported(
+            "another_architecture",
+            f"{path}: model_type {kind!r} is not built like {', '.join(_HF_FAMILIES)}; with --implementation "
+            "transformers the model's own code is traced (package transformers), and "
+            "vbench.kernels.virtual.trace.estimate_module takes any nn.Module",
         )
 
     def number(*names: str, default: int | None = None) -> int:
@@ -246,7 +250,7 @@ def read_hf_config(path: Path) -> ModelShape:
     if body.get("head_dim") is None and width % heads:
         raise DataError(f"{path}: hidden_size={width} does not divide among num_attention_heads={heads}")
     if flag("mlp_bias", False):
-        raise DataError(f"{path}: mlp_bias=true is not supported; use vbench.kernels.virtual.trace.estimate_module")
+        raise Unsupported("mlp_bias", f"{path}: mlp_bias=true is not modelled; use --implementation transformers")
     if kind != "qwen2" and flag("attention_bias", False):
         raise DataError(
             f"{path}: attention_bias=true is not supported; use vbench.kernels.virtual.trace.estimate_module"

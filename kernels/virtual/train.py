@@ -10,7 +10,7 @@ from typing import Any
 
 from vbench.errors import DataError, Unsupported, UsageError
 from vbench.kernels.virtual.corpus import Corpus, Source, digest_of, join
-from vbench.kernels.virtual.estimate import advise, estimate
+from vbench.kernels.virtual.estimate import advise, estimate, estimator
 from vbench.kernels.virtual.folder import DATA_FILE, SETTINGS_FILE, TrainingFolder
 from vbench.kernels.virtual.hardware import Card, find_card
 from vbench.kernels.virtual.program import Workload
@@ -183,7 +183,7 @@ def _check_budget(settings: Settings, arguments: argparse.Namespace) -> None:
     fits = "" if needed.total > card.memory_bytes else ": fits, nothing is tiered"
     _say(f"estimate: {show_bytes(needed.total)} of {show_bytes(card.memory_bytes)}, context included{fits}")
     if needed.total > card.memory_bytes:
-        helps = [a for a in advise(shape, work, "adamw", card) if a.fits and a.change in _KNOBS]
+        helps = [a for a in advise(estimator(shape, card), work, "adamw", card) if a.fits and a.change in _KNOBS]
         hint = "; ".join(f"{_KNOBS.get(a.change, a.change)} takes {show_bytes(a.total_bytes)}" for a in helps)
         message = (
             f"the training takes an estimated {show_bytes(needed.total)}, "
