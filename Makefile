@@ -4,7 +4,13 @@ BIN := .venv/bin
 # Documents with numbers generated from records.
 GENERATED := README.md docs/verdicts.md
 
-.PHONY: setup run test check format claims baseline clean
+# How much of the ahead-of-time gate: quick (a sample of every kernel) or standard (every table entry).
+GATE := quick
+# A second Triton, the version of the machines our GPU records are from, in a folder that goes in front on the path.
+OTHER_TRITON := build/triton-3.6
+RUNS := results/runs
+
+.PHONY: setup run test check gate wheel-test format claims matrix baseline clean
 
 setup: .venv/.ready
 
@@ -22,9 +28,29 @@ check: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-test: check
+test: check gate wheel-test
 	$(BIN)/pytest
 	for doc in $(GENERATED); do $(BIN)/vbench claims check $$doc || exit 1; done
+
+gate: setup $(OTHER_TRITON)/.ready
+	$(BIN)/vbench run --suite compile --effort $(GATE) --out $(RUNS)
+	PYTHONPATH=$(CURDIR)/$(OTHER_TRITON) $(BIN)/vbench run --suite compile --backend triton --effort $(GATE) --out $(RUNS)
+	PYTHONPATH=$(CURDIR)/$(OTHER_TRITON) $(BIN)/vbench run --suite fp4 --op fp4_dequantize --backend triton --out $(RUNS)
+
+$(OTHER_TRITON)/.ready: constraints.triton-3.6.txt | setup
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --no-deps --target $(@D) -r $<
+	@touch $@
+
+wheel-test: setup build/wheel-env/.ready
+	$(BIN)/python tests/wheel_check.py build/wheel-env
+
+build/wheel-env/.ready: pyproject.toml constraints.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet -c constraints.txt .
+	$(@D)/bin/pip uninstall --quiet --yes vbench-kernels
+	@touch $@
 
 format: setup
 	$(BIN)/ruff check --fix
@@ -32,6 +58,11 @@ format: setup
 
 claims: setup
 	for doc in $(GENERATED); do $(BIN)/vbench claims update $$doc || exit 1; done
+
+# What each kernel takes, as the kernels themselves say; a test holds the document to it.
+matrix: setup
+	sed -i '/^## /,$$d' docs/matrix.md
+	$(BIN)/vbench list --matrix --device cpu >> docs/matrix.md
 
 # Keep from RUN (folders of runs) the records the documents rest on: make baseline RUN=... MACHINE=h200
 baseline: setup

@@ -1,10 +1,13 @@
 """Meaning of ``attention``: softmax in float64 from the rounded inputs, and the elementwise budget.
 
+The backward is in ``attention_backward.py``.
+
 Layout BHSD: q [b, hq, sq, d], k and v [b, hk, sk, d]. Query head h reads key head h // (hq / hk).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,8 +27,56 @@ def visible(causal: str, rows: Tensor, sq: int, sk: int) -> Tensor:
     return keys[None, :] <= rows[:, None] + shift
 
 
+#: Scores of one slice of query rows, in elements: 128 MiB of float64 bounds what long sequences allocate at once.
+SCORE_ELEMENTS = 1 << 24
+
+
+def row_slices(sq: int, sk: int, device: torch.device) -> Iterator[Tensor]:
+    """Indices of the query rows, a slice at a time, each of at most SCORE_ELEMENTS scores (but one row at least)."""
+    step = max(1, SCORE_ELEMENTS // sk)
+    for first in range(0, sq, step):
+        yield torch.arange(first, min(first + step, sq), device=device)
+
+
+def lay_out(t_BHSD: Tensor, layout: str) -> Tensor:
+    """The same values in the memory layout ``layout`` of ``reference.ops.attention.LAYOUTS``.
+
+    What lies between the rows of ``padded``, and before the first, is NaN, so that reading it shows.
+    """
+    if layout == "bshd":
+        return t_BHSD.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "padded":
+        b, h, s, d = t_BHSD.shape
+        row = -(-d // 8) * 8 + 8
+        storage = torch.full((b * h * s * row + 8,), torch.nan, dtype=t_BHSD.dtype, device=t_BHSD.device)
+        return storage[8:].view(b, h, s, row)[..., :d].copy_(t_BHSD)
+    return t_BHSD.contiguous()
+
+
+def attention_float64(causal: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> tuple[Tensor, Tensor]:
+    """out [b, hq, sq, d] and lse [b, hq, sq] in float64; a row with nothing to attend to gives 0 and -inf.
+
+    Query rows go in slices, one head at a time, so that scores of a long sequence fit memory.
+    """
+    b, hq, sq, d = q_BHSD.shape
+    hk, sk = k_BHSD.shape[1:3]
+    out = torch.zeros(b, hq, sq, d, dtype=torch.float64, device=q_BHSD.device)
+    lse = torch.full((b, hq, sq), -torch.inf, dtype=torch.float64, device=q_BHSD.device)
+    for i in range(b):
+        for h in range(hq):
+            k, v = (t[i, h // (hq // hk)].double() for t in (k_BHSD, v_BHSD))
+            for rows in row_slices(sq, sk, q_BHSD.device):
+                z = (q_BHSD[i, h, rows].double() @ k.T) * d**-0.5
+                z = z.masked_fill(~visible(causal, rows, sq, sk), -torch.inf)
+                lse[i, h, rows] = torch.logsumexp(z, dim=1)
+                weights = torch.softmax(z, dim=1)
+                # softmax over nothing is 0/0; the op defines that row as 0.
+                out[i, h, rows] = torch.where(z.amax(dim=1, keepdim=True) > -torch.inf, weights, 0.0) @ v
+    return out, lse
+
+
 def attention_inputs(case: Case, device: str) -> dict[str, Any]:
-    """``q``, ``k``, ``v``.
+    """``q``, ``k``, ``v`` in the case's layout.
 
     normal, uniform; grid: small multiples of 1/4; constant_v: each head's V is one value; large_logits: q scaled so
     that logits reach about +-1e3; equal_keys: all keys of a head alike, so that the weights are uniform.
@@ -49,7 +100,8 @@ def attention_inputs(case: Case, device: str) -> dict[str, Any]:
         v = v[:, :, :1, :1].expand(b, hk, sk, d).clone()
     elif dist == "equal_keys":
         k = k[:, :, :1].expand(b, hk, sk, d).clone()
-    return {name: t.to(dtype).to(device) for name, t in (("q", q), ("k", k), ("v", v))}
+    layout = case.text("layout")
+    return {name: lay_out(t.to(dtype).to(device), layout) for name, t in (("q", q), ("k", k), ("v", v))}
 
 
 def attention_oracle(

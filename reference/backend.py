@@ -16,7 +16,13 @@ BACKEND = DeclaredBackend(
         "fp4_dequantize": "vbench.reference.kernels:make_dequantize",
         "fp4_linear": "vbench.reference.kernels:make_linear",
         "attention": "vbench.reference.kernels:make_attention",
+        "attention_backward": "vbench.reference.kernels:make_attention_backward",
         "tier_stack": "vbench.reference.kernels:make_tier_stack",
+        "tier_fetch": "vbench.reference.kernels:make_tier_fetch",
+        "decoder_block": "vbench.reference.kernels:make_decoder_block",
+        "int8_linear": "vbench.reference.kernels:make_int8_linear",
+        "svd": "vbench.reference.kernels:make_svd",
+        "elementwise_chain": "vbench.reference.kernels:make_chain",
     },
     timed=False,
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 #: Unit roundoff (half the spacing at 1) of each type; ``tensor_core`` stands for fp32 sums whose adder aligns and
-#: truncates, taken as two bits worse than IEEE fp32 until calibrated on the device; ``tf32`` keeps 11 significant bits.
+#: truncates, taken as two bits worse than IEEE fp32 until calibrated on the device; ``tf32`` keeps 11 significant bits;
+#: ``int32`` sums of products of 8-bit integers are exact up to k = 2^17.
 UNIT_ROUNDOFF = {
     "bf16": 2.0**-8,
     "fp16": 2.0**-11,
@@ -13,6 +14,7 @@ UNIT_ROUNDOFF = {
     "fp64": 2.0**-53,
     "tensor_core": 2.0**-22,
     "tf32": 2.0**-11,
+    "int32": 0.0,
 }
 
 #: Half the smallest subnormal: absolute rounding error near zero.

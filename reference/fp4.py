@@ -8,26 +8,66 @@ Formats (elements sharing a scale in brackets)
         g = max(absmax(tensor) / 2688, 2^-126); s = E4M3(clamp(absmax(block) / 6 / g, 2^-6, 448));
         code = E2M1(w / (s g)), nearest, ties to the even code, saturating at 6, sign of zero kept.
         (torchao NVFP4Tensor.to_nvfp4 gives the same scales; OCP Microscaling v1.0 defines E2M1.)
+    mxfp4 [32 along k]: E2M1 times an E8M0 block scale: byte b is 2^(b - 127), 255 is NaN and no encoder writes it.
+        b = max(0, biased exponent of round(absmax) - 2); code = E2M1(w / 2^(b - 127)). OCP Microscaling v1.0 section
+        6.3 takes absmax as it is (floor: it then clips, since absmax / scale reaches 8); see MXFP4_ROUNDING for the
+        other rules. A zero block has b = 0.
+    nf4 [64 along k]: one of 16 values (NF4_TABLE) times a float32 scale.
+        scale = max(absmax, 2^-126); code = number of NF4_THRESHOLDS strictly below w / scale, IEEE float32 division, so
+        that a tie goes to the lower value. (QLoRA, arXiv 2305.14314, appendix E; bitsandbytes csrc/kernels.cu
+        dQuantizeNF4, which multiplies by fl32(1 / absmax) instead and so may differ next to a threshold.)
+        The floor keeps the division defined for a zero block, whose code 7 decodes to zeros under any scale; blocks of
+        subnormal numbers lose precision relative to themselves.
 
-Element 0 of a pair sits in the low nibble. Weights are [n, k] with k contiguous.
+Element 0 of a pair sits in the low nibble (bitsandbytes: in the high one). Weights are [n, k] with k contiguous.
 """
 
 from __future__ import annotations
 
 import functools
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vbench.errors import Unsupported
-from vbench.reference.ops.fp4 import FORMAT_GROUPS, packed_bytes
+from vbench.reference.ops.fp4 import FORMAT_GROUPS, decoded_as, packed_bytes
 from vbench.reference.sampling import generator, seeded, torch_dtype
 from vbench.spec import Case, Expected, Numerics
 
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_TABLE = E2M1_MAGNITUDES + tuple(-v for v in E2M1_MAGNITUDES)
 ABSMAX7_TABLE = tuple(float(code - 8) for code in range(16))
+#: QLoRA's NormalFloat4 as published: quantiles of a normal distribution scaled to [-1, 1], each exact in float32.
+NF4_TABLE = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+#: Midpoints of neighbours, rounded to float32 as bitsandbytes has them (nine do not fit).
+NF4_THRESHOLDS = torch.tensor([(low + high) / 2 for low, high in pairwise(NF4_TABLE)], dtype=torch.float64).to(
+    torch.float32
+)
+#: Added to the float32 bits of a block's absmax before its exponent is taken (torchao ScaleCalculationMode).
+#: floor: nothing. even: up to the next power of two from a significand of 1.75, which is rounding to E2M1's one
+#: fraction bit. rceil: from above 1.5, the smallest scale with absmax / scale <= 6. ceil: from above 1.
+#: torchao forms rceil as fl32(absmax fl32(1/6)), the same but for scales below 2^-126; and its even gives NaN from
+#: 1.75 x 2^127 on, where this keeps to the formula.
+MXFP4_ROUNDING = {"mxfp4": 0, "mxfp4_even": 1 << 21, "mxfp4_rceil": (1 << 22) - 1, "mxfp4_ceil": (1 << 23) - 1}
 E4M3_MAX = 448.0
 E4M3_MIN_SCALE = 2.0**-6
 MIN_NORMAL = 2.0**-126
@@ -35,7 +75,9 @@ MIN_NORMAL = 2.0**-126
 
 def table(fmt: str) -> tuple[float, ...]:
     """Value of each of the 16 codes of ``fmt``, before scaling."""
-    return E2M1_TABLE if fmt == "nvfp4" else ABSMAX7_TABLE
+    if fmt == "nf4":
+        return NF4_TABLE
+    return E2M1_TABLE if fmt in ("nvfp4", "mxfp4") else ABSMAX7_TABLE
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -59,6 +101,36 @@ def e2m1_codes(value: Tensor) -> Tensor:
     return code | (torch.signbit(value).to(torch.uint8) << 3)
 
 
+def nf4_codes(value: Tensor) -> Tensor:
+    """float32 in [-1, 1] -> NF4 codes u8: the number of thresholds strictly below."""
+    code = torch.zeros_like(value, dtype=torch.uint8)
+    for threshold in NF4_THRESHOLDS.to(value.device):
+        code += (value > threshold).to(torch.uint8)
+    return code
+
+
+def e8m0_bytes(absmax: Tensor, rounding: int) -> Tensor:
+    """float32 block maxima >= 0 -> E8M0 bytes u8 of their mxfp4 scales, by integer arithmetic on the bits.
+
+    Args:
+        rounding: see MXFP4_ROUNDING.
+    """
+    biased_exponent = (absmax.contiguous().view(torch.int32) + rounding) >> 23
+    return (biased_exponent - 2).clamp(min=0).to(torch.uint8)
+
+
+def e8m0_values(scale: Tensor) -> Tensor:
+    """E8M0 bytes u8 -> float32: 2^(b - 127), the subnormal 2^-127 for b = 0, NaN for b = 255."""
+    bits = scale.to(torch.int32) << 23
+    bits = torch.where(scale == 0, 1 << 22, bits)
+    return torch.where(scale == 255, 0x7FC00000, bits).view(torch.float32)
+
+
+def scale_values(fmt: str, scale: Tensor) -> Tensor:
+    """The scales of a weight in ``fmt`` as float32, exact."""
+    return e8m0_values(scale) if fmt == "mxfp4" else scale.to(torch.float32)
+
+
 def _groups(w: Tensor, group: int) -> Tensor:
     """[n, k] -> [..., elements sharing one scale]."""
     n, k = w.shape
@@ -70,11 +142,11 @@ def _groups(w: Tensor, group: int) -> Tensor:
 
 
 def quantize(fmt: str, w: Tensor) -> dict[str, Tensor]:
-    """Encode w [n, k] (float32, bfloat16 or float16).
+    """Encode w [n, k] (float32, bfloat16 or float16) to ``fmt``, one of ENCODINGS.
 
     Returns:
-        codes u8 [n, k/2]; scale float32 [1], [n] or [n, k/128], or float8_e4m3fn [n, k/16]; global_scale float32 [1]
-        (1.0 for absmax7).
+        codes u8 [n, k/2]; scale float32 [1], [n], [n, k/128] or [n, k/64], float8_e4m3fn [n, k/16], or u8 [n, k/32];
+        global_scale float32 [1] (1.0 but for nvfp4).
 
     Raises:
         Unsupported: a value that is NaN or infinite.
@@ -83,7 +155,7 @@ def quantize(fmt: str, w: Tensor) -> dict[str, Tensor]:
         raise Unsupported("nonfinite_weight", "the weight holds NaN or Inf and FP4 has no code for them")
     w32 = w.to(torch.float32)
     n, k = w32.shape
-    groups = _groups(w32, FORMAT_GROUPS[fmt])
+    groups = _groups(w32, FORMAT_GROUPS[decoded_as(fmt)])
     absmax = groups.abs().amax(dim=-1)
     one = torch.ones(1, dtype=torch.float32, device=w.device)
     if fmt == "nvfp4":
@@ -92,6 +164,14 @@ def quantize(fmt: str, w: Tensor) -> dict[str, Tensor]:
         scale = torch.clamp(absmax / (one * 6.0) / g, E4M3_MIN_SCALE, E4M3_MAX).to(torch.float8_e4m3fn)
         codes = e2m1_codes(groups / (scale.to(torch.float32) * g).unsqueeze(-1))
         return {"codes": pack(codes.reshape(n, k)), "scale": scale, "global_scale": g}
+    if fmt in MXFP4_ROUNDING:
+        scale = e8m0_bytes(absmax, MXFP4_ROUNDING[fmt])
+        codes = e2m1_codes(groups / e8m0_values(scale).unsqueeze(-1))
+        return {"codes": pack(codes.reshape(n, k)), "scale": scale, "global_scale": one}
+    if fmt == "nf4":
+        scale = torch.clamp(absmax, min=MIN_NORMAL)
+        codes = nf4_codes(groups / scale.unsqueeze(-1))
+        return {"codes": pack(codes.reshape(n, k)), "scale": scale, "global_scale": one}
     scale = torch.clamp(absmax / (one * 7.0), min=MIN_NORMAL)
     q = torch.clamp(torch.round(groups / scale.unsqueeze(-1)), -7, 7)
     return {"codes": pack((q + 8).to(torch.uint8).reshape(n, k)), "scale": scale, "global_scale": one}
@@ -99,7 +179,7 @@ def quantize(fmt: str, w: Tensor) -> dict[str, Tensor]:
 
 def _scale_per_element(fmt: str, scale: Tensor, n: int, k: int) -> Tensor:
     group = FORMAT_GROUPS[fmt]
-    s = scale.to(torch.float32)
+    s = scale_values(fmt, scale)
     if group == 0:
         return s.reshape(1, 1).expand(n, k)
     if group == -1:
@@ -108,7 +188,7 @@ def _scale_per_element(fmt: str, scale: Tensor, n: int, k: int) -> Tensor:
 
 
 def decode_float64(fmt: str, weight: dict[str, Any]) -> Tensor:
-    """The exact weight [n, k] in float64: table value x scale x global scale needs at most 31 significant bits."""
+    """The exact weight [n, k] in float64: table value x scale x global scale needs at most 48 significant bits."""
     codes = unpack(weight["codes"])
     n, k = codes.shape
     values = torch.tensor(table(fmt), dtype=torch.float64, device=codes.device)[codes.long()]
@@ -117,7 +197,10 @@ def decode_float64(fmt: str, weight: dict[str, Any]) -> Tensor:
 
 
 def dequantize(fmt: str, weight: dict[str, Any], dtype: torch.dtype) -> Tensor:
-    """fl_y(fl32(value x scale x global)) [n, k]: the float32 product first (value x E4M3 scale is exact in it)."""
+    """fl_y(fl32(value x scale x global)) [n, k]: the float32 product first (value x E4M3 or E8M0 scale is exact in it).
+
+    mxfp4 may overflow float32 (6 x 2^127) and then gives infinity; its NaN scale gives NaN for every code, zero too.
+    """
     codes = unpack(weight["codes"])
     n, k = codes.shape
     values = torch.tensor(table(fmt), dtype=torch.float32, device=codes.device)[codes.long()]
@@ -142,9 +225,16 @@ def _draw_weight(fmt: str, dist: str, n: int, k: int, seed: int) -> Tensor:
         chi2 = torch.randn(5, n, k, generator=gen).square().sum(dim=0)
         w = 0.02 * torch.randn(n, k, generator=gen) / torch.sqrt(chi2 / 5)
     elif dist == "grid":
-        top, group = 6 if fmt == "nvfp4" else 7, FORMAT_GROUPS[fmt]
-        w = torch.randint(-4 * top, 4 * top + 1, (n, k), generator=gen).to(torch.float32) / 4
-        w[:, 0 :: group if group > 0 else k] = float(top)
+        group = FORMAT_GROUPS[fmt]
+        if fmt == "nf4":
+            top = 1.0
+            up, down = (torch.nextafter(NF4_THRESHOLDS, torch.tensor(side)) for side in (2.0, -2.0))
+            points = torch.cat((NF4_THRESHOLDS, up, down, torch.tensor(NF4_TABLE)))
+            w = points[torch.randint(0, len(points), (n, k), generator=gen)]
+        else:
+            top = max(table(fmt)) if fmt in ("nvfp4", "mxfp4") else 7.0
+            w = torch.randint(-4 * int(top), 4 * int(top) + 1, (n, k), generator=gen).to(torch.float32) / 4
+        w[:, 0 :: group if group > 0 else k] = top
     else:
         w = torch.randn(n, k, generator=gen) * 0.02
         if dist == "outlier":
@@ -158,11 +248,12 @@ def _draw_weight(fmt: str, dist: str, n: int, k: int, seed: int) -> Tensor:
 def make_weight(case: Case, dtype: torch.dtype, device: str) -> Tensor:
     """w [n, k] of the case's distribution, drawn on the CPU so that every device sees the same values.
 
-    The same for every format and token count (grid: every token count). Grid values are multiples of a quarter with
-    the format's largest value in each block, so that every tie occurs.
+    The same for every format and token count (grid: every token count). Grid values are multiples of a quarter (nf4:
+    thresholds, their neighbours and table values) with the format's largest value in each block, so that every tie
+    occurs.
     """
     dist = case.text("dist")
-    fmt = case.text("fmt") if dist == "grid" else ""
+    fmt = decoded_as(case.text("fmt")) if dist == "grid" else ""
     return _draw_weight(fmt, dist, case.axis("n"), case.axis("k"), case.seed).to(device, dtype, copy=True)
 
 
@@ -195,7 +286,7 @@ def quantize_metrics(
     rel_frobenius = |dq - w|_F / |w|_F; sqnr_db = -20 log10 of it; cosine of the flattened tensors; max_abs_error over
     the tensor's absmax; bits_per_weight with all scales; savings are of bytes, scales included.
     """
-    fmt = case.text("fmt")
+    fmt = decoded_as(case.text("fmt"))
     w = inputs["w"].double()
     dq = decode_float64(fmt, outputs)
     n, k = w.shape
@@ -218,28 +309,54 @@ def quantize_metrics(
 
 
 def dequantize_inputs(case: Case, device: str) -> dict[str, Any]:
-    """``codes``, ``scale``, ``global_scale`` of an encoded weight; with ``grid`` every code incl. unused ones."""
-    return packed_weight(case, device)
+    """``codes``, ``scale``, ``global_scale`` of an encoded weight.
+
+    With ``grid`` every code incl. those no encoder writes, and for mxfp4 the scale bytes at the ends of its range too
+    (in the last blocks, at most half of them): 0 and 1 (subnormal products), 254 (overflow) and 255 (NaN).
+    """
+    fmt = case.text("fmt")
+    if case.text("dist") != "grid":
+        return packed_weight(case, device)
+    weight = _grid_weight(case, tuple(range(16)))
+    if fmt == "mxfp4":
+        scale = weight["scale"].view(-1)
+        ends = torch.tensor((0, 255, 254, 1, 253, 2), dtype=torch.uint8)[: scale.numel() // 2]
+        scale[scale.numel() - ends.numel() :] = ends
+    return {name: t.to(device) for name, t in weight.items()}
+
+
+#: nf4 codes whose values are integers, so that grid sums are exact: -1, 0 and 1.
+NF4_INTEGER_CODES = tuple(code for code, value in enumerate(NF4_TABLE) if value.is_integer())
 
 
 def packed_weight(case: Case, device: str) -> dict[str, Any]:
     """An encoded weight for the case.
 
     ``grid`` draws codes and power-of-two scales directly, so that every decoded value and every sum of few products
-    is exact in float32 whatever the order (the bitwise cross-backend cases).
+    is exact in float32 whatever the order (the bitwise cross-backend cases). nf4's table lies on no grid: of it only
+    the codes for -1, 0 and 1 are drawn there; the others are for the cases with a budget.
     """
-    fmt, n, k = case.text("fmt"), case.axis("n"), case.axis("k")
     if case.text("dist") != "grid":
-        return dict(quantize(fmt, make_weight(case, torch.float32, device)))
+        return dict(quantize(case.text("fmt"), make_weight(case, torch.float32, device)))
+    codes = NF4_INTEGER_CODES if case.text("fmt") == "nf4" else tuple(range(16))
+    return {name: t.to(device) for name, t in _grid_weight(case, codes).items()}
+
+
+def _grid_weight(case: Case, drawn: tuple[int, ...]) -> dict[str, Tensor]:
+    """Codes out of ``drawn`` and scales 1/2, 1 or 2, on the CPU."""
+    fmt, n, k = case.text("fmt"), case.axis("n"), case.axis("k")
     gen = generator(case, "codes")
-    codes = pack(torch.randint(0, 16, (n, k), generator=gen, dtype=torch.uint8))
+    index = torch.randint(0, len(drawn), (n, k), generator=gen)
+    codes = pack(torch.tensor(drawn, dtype=torch.uint8)[index])
     group = FORMAT_GROUPS[fmt]
     shape = (1,) if group == 0 else (n,) if group == -1 else (n, k // group)
-    scale = torch.exp2(torch.randint(-1, 2, shape, generator=gen).to(torch.float32))
-    if fmt == "nvfp4":
-        scale = scale.to(torch.float8_e4m3fn)
-    one = torch.ones(1, dtype=torch.float32)
-    return {"codes": codes.to(device), "scale": scale.to(device), "global_scale": one.to(device)}
+    exponent = torch.randint(-1, 2, shape, generator=gen)
+    if fmt == "mxfp4":
+        scale = (exponent + 127).to(torch.uint8)
+    else:
+        scale = torch.exp2(exponent.to(torch.float32))
+        scale = scale.to(torch.float8_e4m3fn) if fmt == "nvfp4" else scale
+    return {"codes": codes, "scale": scale, "global_scale": torch.ones(1, dtype=torch.float32)}
 
 
 def dequantize_oracle(

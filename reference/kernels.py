@@ -14,17 +14,19 @@ from torch import Tensor
 
 from vbench.backend import Device, Kernel, Launch
 from vbench.errors import Unsupported
-from vbench.reference.attention import visible
+from vbench.reference.attention import attention_float64
+from vbench.reference.attention_backward import backward_float64
+from vbench.reference.block import block_float64
+from vbench.reference.fetch import fetched
 from vbench.reference.fp4 import decode_float64, dequantize, quantize
+from vbench.reference.insight import chain_float64
+from vbench.reference.int8 import int8_float64
 from vbench.reference.linear import activate
 from vbench.reference.sampling import torch_dtype
 from vbench.reference.tiers import replay
 from vbench.spec import Case, Numerics
 
 FLOAT64 = Numerics(accumulate="fp64", probabilities="fp64")
-
-#: Scores of one slice of query rows, in elements: 128 MiB of float64 bounds what long sequences allocate at once.
-SCORE_ELEMENTS = 1 << 24
 
 
 @dataclass(slots=True)
@@ -96,30 +98,6 @@ def make_linear(case: Case, variant: str, device: Device) -> Kernel:
     return OracleKernel(lambda inputs: {"y": linear_float64(fmt, act, inputs)}, ("y",))
 
 
-def attention_float64(causal: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> tuple[Tensor, Tensor]:
-    """out [b, hq, sq, d] and lse [b, hq, sq] in float64; a row with nothing to attend to gives 0 and -inf.
-
-    Query rows go in slices, one head at a time, so that scores of a long sequence fit memory.
-    """
-    b, hq, sq, d = q_BHSD.shape
-    hk, sk = k_BHSD.shape[1:3]
-    out = torch.zeros(b, hq, sq, d, dtype=torch.float64, device=q_BHSD.device)
-    lse = torch.full((b, hq, sq), -torch.inf, dtype=torch.float64, device=q_BHSD.device)
-    step = max(1, SCORE_ELEMENTS // sk)
-    for i in range(b):
-        for h in range(hq):
-            k, v = (t[i, h // (hq // hk)].double() for t in (k_BHSD, v_BHSD))
-            for first in range(0, sq, step):
-                rows = torch.arange(first, min(first + step, sq), device=q_BHSD.device)
-                z = (q_BHSD[i, h, rows].double() @ k.T) * d**-0.5
-                z = z.masked_fill(~visible(causal, rows, sq, sk), -torch.inf)
-                lse[i, h, rows] = torch.logsumexp(z, dim=1)
-                weights = torch.softmax(z, dim=1)
-                # softmax over nothing is 0/0; the op defines that row as 0.
-                out[i, h, rows] = torch.where(z.amax(dim=1, keepdim=True) > -torch.inf, weights, 0.0) @ v
-    return out, lse
-
-
 def make_attention(case: Case, variant: str, device: Device) -> Kernel:
     """q, k, v (BHSD) -> out in their dtype and lse float32, one rounding each."""
     _only_default(variant)
@@ -132,7 +110,45 @@ def make_attention(case: Case, variant: str, device: Device) -> Kernel:
     return OracleKernel(compute, ("out", "lse"))
 
 
+def make_attention_backward(case: Case, variant: str, device: Device) -> Kernel:
+    """q, k, v, out, lse, dout (and dlse) -> dq, dk, dv in their dtype, one rounding each."""
+    _only_default(variant)
+    causal = case.text("causal")
+    return OracleKernel(lambda inputs: backward_float64(causal, inputs), ("dq", "dk", "dv"))
+
+
 def make_tier_stack(case: Case, variant: str, device: Device) -> Kernel:
     """Replay of the trace on dictionaries; capacities are obeyed, nothing moves between real devices."""
     _only_default(variant)
     return OracleKernel(lambda inputs: replay(dict(inputs)), ("values", "found_level", "level_bytes", "hits"))
+
+
+def make_tier_fetch(case: Case, variant: str, device: Device) -> Kernel:
+    """A packed or raw weight in host memory -> weight [n, k] in dtype y on the device."""
+    _only_default(variant)
+    return OracleKernel(lambda inputs: {"weight": fetched(case, dict(inputs))}, ("weight",))
+
+
+def make_decoder_block(case: Case, variant: str, device: Device) -> Kernel:
+    """The block's tensors -> y [b s, hidden] in dtype x, one rounding at the end."""
+    _only_default(variant)
+    return OracleKernel(lambda inputs: {"y": block_float64(case, dict(inputs))}, ("y",))
+
+
+def make_int8_linear(case: Case, variant: str, device: Device) -> Kernel:
+    """x [m, k] and an int8 weight [n, k] -> y [m, n] in x's dtype, one rounding."""
+    _only_default(variant)
+    return OracleKernel(lambda inputs: {"y": int8_float64(case, dict(inputs))}, ("y",))
+
+
+def make_svd(case: Case, variant: str, device: Device) -> Kernel:
+    """a [m, n] -> its singular values, by LAPACK in float64 on the host."""
+    _only_default(variant)
+    return OracleKernel(lambda inputs: {"values": torch.linalg.svdvals(inputs["a"].cpu().double())}, ("values",))
+
+
+def make_chain(case: Case, variant: str, device: Device) -> Kernel:
+    """x [n] -> y [n] after the case's steps."""
+    _only_default(variant)
+    steps = case.axis("steps")
+    return OracleKernel(lambda inputs: {"y": chain_float64(inputs["x"], steps)[0]}, ("y",))

@@ -65,8 +65,9 @@ def linear_oracle(case: Case, inputs: dict[str, Any], numerics: Numerics, max_ro
     """y in float64 and its budget.
 
     Before the activation: (sum_factor(k) + operand roundings) S with S = |x| |W|^T, and three float32 roundings for
-    scale, bias and store of the sum; times the activation's slope; plus its own evaluation error; plus one rounding to
-    the output's dtype. On grid inputs without gelu or silu the float32 sum is exact and the budget is zero.
+    scale, bias and store of the sum; the declared roundings of that sum on its way to the activation (``stores``);
+    times the activation's slope; plus its own evaluation error; plus one rounding to the output's dtype. On grid inputs
+    without gelu or silu the float32 sum is exact and the budget is zero.
     """
     fmt, act, out_name = case.text("fmt"), case.text("act"), case.text("x")
     m, n, k = case.axis("m"), case.axis("n"), case.axis("k")
@@ -92,6 +93,8 @@ def linear_oracle(case: Case, inputs: dict[str, Any], numerics: Numerics, max_ro
     operand = sum(UNIT_ROUNDOFF[name] for name in numerics.operand_roundings)
     total = magnitude if bias is None else magnitude + bias.double().abs()
     error = (sum_factor(k, numerics.accumulate) + operand) * magnitude + 3 * UNIT_ROUNDOFF["fp32"] * total
+    for name in numerics.stores:
+        error = error + UNIT_ROUNDOFF[name] * (before.abs() + error) + UNDERFLOW[name]
     error = LIPSCHITZ[act] * error
     if act in ("gelu", "silu"):
         error = error + ACTIVATION_ULPS * UNIT_ROUNDOFF["fp32"] * before.abs()

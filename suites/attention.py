@@ -1,17 +1,17 @@
-"""Suite ``attention``: softmax attention, forward, with its log-sum-exp."""
+"""Suite ``attention``: softmax attention, forward with its log-sum-exp, and backward."""
 
 from __future__ import annotations
 
 from itertools import product
 from typing import Literal
 
-from vbench.reference.ops.attention import ATTENTION, ATTENTION_DISTRIBUTIONS
+from vbench.reference.ops.attention import ATTENTION, ATTENTION_BACKWARD, ATTENTION_DISTRIBUTIONS
 from vbench.reference.ops.types import DTYPES
 from vbench.spec import BenchCase, Case, Generated, Suite
 
 Effort = Literal["quick", "standard", "full"]
 
-op = ATTENTION
+op, backward = ATTENTION, ATTENTION_BACKWARD
 
 
 def _checks() -> tuple[Case, ...]:
@@ -43,6 +43,16 @@ def _checks() -> tuple[Case, ...]:
             for dtype, dist in product(DTYPES, ATTENTION_DISTRIBUTIONS)
             if dist != "normal"
         ),
+        # Rows apart from each other, and heads inside rows.
+        *(
+            op.case(dtype=dtype, causal="top_left", layout=layout, b=2, hq=2, hk=1, sq=17, sk=19, d=d)
+            for dtype, (layout, d) in product(DTYPES, (("bshd", 16), ("padded", 16), ("padded", 20)))
+        ),
+        # All of that at once, small enough for a simulator.
+        *(
+            op.case(dtype=dtype, causal=causal, layout="padded", hq=2, hk=1, sq=9, sk=5, d=6)
+            for dtype, causal in zip(DTYPES, ("bottom_right", "top_left", "none"), strict=True)
+        ),
         # What must be refused.
         op.case(hq=3, hk=2, sq=4, sk=4, d=16),
         op.case(hq=1, hk=1, sq=0, sk=4, d=16),
@@ -52,6 +62,39 @@ def _checks() -> tuple[Case, ...]:
             op.case(dtype="fp16", causal="none", dist=dist, b=1, hq=2, hk=2, sq=256, sk=256, d=64)
             for dist in ("normal", "large_logits")
         ),
+    )
+
+
+def _backward_checks() -> tuple[Case, ...]:
+    case = backward.case
+    return (
+        # Both alignments, longer and shorter queries; keys that no query sees, queries that see no key.
+        *(
+            case(dtype=dtype, causal=causal, hq=2, hk=2, sq=sq, sk=sk, d=16)
+            for dtype, causal, (sq, sk) in product(DTYPES, ("none", "top_left", "bottom_right"), ((17, 33), (33, 17)))
+        ),
+        # Gradients summed over grouped heads, and one flowing into lse.
+        *(
+            case(dtype=dtype, causal="bottom_right", dlse=1, b=2, hq=4, hk=2, sq=9, sk=21, d=16, layout="bshd")
+            for dtype in DTYPES
+        ),
+        case(dtype="fp32", dlse=1, b=2, hq=3, hk=1, sq=7, sk=13, d=16),
+        case(dtype="fp16", causal="bottom_right", dlse=1, hq=1, hk=1, sq=33, sk=1, d=16),
+        case(dtype="bf16", causal="bottom_right", hq=4, hk=2, sq=1, sk=40, d=32),
+        case(dtype="fp32", hq=2, hk=2, sq=5, sk=1, d=16),
+        # Head dimensions that are no power of two, rows apart from each other, lengths one past a tile.
+        *(case(dtype=dtype, layout="padded", hq=1, hk=1, sq=17, sk=19, d=40) for dtype in DTYPES),
+        case(dtype="fp32", causal="top_left", layout="padded", hq=1, hk=1, sq=9, sk=8, d=3),
+        case(dtype="fp16", causal="top_left", hq=1, hk=1, sq=65, sk=65, d=16),
+        case(dtype="fp32", causal="bottom_right", dlse=1, hq=1, hk=1, sq=16, sk=129, d=16),
+        *(
+            case(dtype=dtype, dist=dist, hq=2, hk=2, sq=8, sk=24, d=16)
+            for dtype, dist in product(DTYPES, ATTENTION_DISTRIBUTIONS)
+            if dist != "normal"
+        ),
+        # What must be refused.
+        case(hq=3, hk=2, sq=4, sk=4, d=16),
+        case(hq=1, hk=1, sq=0, sk=4, d=16),
     )
 
 
@@ -71,17 +114,31 @@ def _benches() -> tuple[BenchCase, ...]:
         effort: Effort = "quick" if s == 4096 else "standard"
         for d in (64, 128):
             heads = HIDDEN // d
-            case = op.case(dtype="bf16", causal=causal, b=TOKENS // s, hq=heads, hk=heads, sq=s, sk=s, d=d)
-            out.append(BenchCase(case, PAPERS, effort if s in STANDARD_LENGTHS else "full"))
-        grouped = op.case(dtype="bf16", causal=causal, b=TOKENS // s, hq=32, hk=8, sq=s, sk=s, d=128)
-        out.append(BenchCase(grouped, LLAMA3, "standard" if s == 4096 else "full"))
+            sizes: dict[str, int] = {"b": TOKENS // s, "hq": heads, "hk": heads, "sq": s, "sk": s, "d": d}
+            out.append(BenchCase(op.case(causal=causal, **sizes), PAPERS, effort if s in STANDARD_LENGTHS else "full"))
+            if s >= STANDARD_LENGTHS[0]:
+                # Of the backward, quick times the pair at head dim 128.
+                own: Effort = "standard" if effort == "quick" and d == 64 else effort
+                out.append(
+                    BenchCase(backward.case(causal=causal, **sizes), PAPERS, own if s in STANDARD_LENGTHS else "full")
+                )
+        grouped: dict[str, int] = {"b": TOKENS // s, "hq": 32, "hk": 8, "sq": s, "sk": s, "d": 128}
+        for kind in (op, backward):
+            if kind is op or s >= STANDARD_LENGTHS[0]:
+                out.append(BenchCase(kind.case(causal=causal, **grouped), LLAMA3, "standard" if s == 4096 else "full"))
     return tuple(out)
 
 
 SUITE = Suite(
     name="attention",
-    summary="attention forward with log-sum-exp: both causal alignments, grouped heads, masked rows; 16k-token sweep",
-    checks=_checks(),
-    generated=(Generated("vbench.suites.strategies:attention_cases", (15, 100, 1000)),),
+    summary=(
+        "attention forward with log-sum-exp, and backward: both causal alignments, grouped heads, masked rows, "
+        "strides; 16k-token sweep"
+    ),
+    checks=_checks() + _backward_checks(),
+    generated=(
+        Generated("vbench.suites.strategies:attention_cases", (15, 100, 1000)),
+        Generated("vbench.suites.strategies:attention_backward_cases", (12, 100, 1000)),
+    ),
     benches=_benches(),
 )

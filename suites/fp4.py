@@ -9,7 +9,14 @@ from __future__ import annotations
 from itertools import product
 from typing import Literal
 
-from vbench.reference.ops.fp4 import FORMATS, FP4_DEQUANTIZE, FP4_LINEAR, FP4_QUANTIZE
+from vbench.reference.ops.fp4 import (
+    FORMAT_GROUPS,
+    FORMATS,
+    FP4_DEQUANTIZE,
+    FP4_LINEAR,
+    FP4_QUANTIZE,
+    MXFP4_ENCODINGS,
+)
 from vbench.reference.ops.types import DTYPES
 from vbench.spec import BenchCase, Case, Generated, Suite
 
@@ -29,7 +36,13 @@ def _quantize_checks() -> tuple[Case, ...]:
         *(op.case(fmt=fmt, w=w, n=5, k=K) for fmt, w in product(FORMATS, DTYPES)),
         *(
             op.case(fmt=fmt, w="fp32", dist=dist, n=3, k=K)
-            for fmt, dist in product(FORMATS, ("uniform", "laplace", "student5", "grid", "zeros", "outlier"))
+            for fmt, dist in product(FORMATS, ("student5", "grid", "zeros", "outlier"))
+        ),
+        # The other scale rules of mxfp4: grid has every tie of the elements, normal has absmax on both sides of each
+        # rule's threshold.
+        *(
+            op.case(fmt=fmt, w="fp32", dist=dist, n=5, k=K)
+            for fmt, dist in product(MXFP4_ENCODINGS, ("normal", "grid"))
         ),
         # Tails: one row, one pair, one block, a prime number of rows, k no power of two.
         op.case(fmt="absmax7_tensor", w="fp32", n=1, k=2),
@@ -38,16 +51,21 @@ def _quantize_checks() -> tuple[Case, ...]:
         op.case(fmt="absmax7_g128", w="fp16", n=1, k=K),
         op.case(fmt="nvfp4", w="bf16", n=1, k=16),
         op.case(fmt="nvfp4", w="fp32", n=17, k=48),
+        op.case(fmt="mxfp4", w="fp16", n=19, k=32),
+        op.case(fmt="nf4", w="fp32", n=7, k=64),
         # What must be refused.
         op.case(fmt="absmax7_row", n=2, k=3),
         op.case(fmt="nvfp4", n=2, k=24),
         op.case(fmt="absmax7_g128", n=2, k=64),
+        op.case(fmt="mxfp4_even", n=2, k=16),
+        op.case(fmt="nf4", n=2, k=32),
         op.case(fmt="nvfp4", dist="nan", n=2, k=16),
         op.case(fmt="absmax7_tensor", dist="inf", n=2, k=16),
         *(
             op.case(fmt=fmt, w="fp32", dist=dist, n=METRIC_SIZE, k=METRIC_SIZE)
             for fmt, dist in product(FORMATS, METRIC_DISTRIBUTIONS)
         ),
+        *(op.case(fmt=fmt, w="fp32", n=METRIC_SIZE, k=METRIC_SIZE) for fmt in MXFP4_ENCODINGS),
     )
 
 
@@ -55,12 +73,14 @@ def _dequantize_checks() -> tuple[Case, ...]:
     op = FP4_DEQUANTIZE
     return (
         *(op.case(fmt=fmt, y=y, n=5, k=K) for fmt, y in product(FORMATS, DTYPES)),
-        # Grid draws the codes themselves, so that the one no encoder writes (absmax7's 0) and -0 (nvfp4's 8) occur.
+        # Grid draws the codes themselves, so that the one no encoder writes (absmax7's 0) and -0 (E2M1's 8) occur, and
+        # for mxfp4 the ends of the scale's range: subnormal, overflowing and NaN products.
         *(op.case(fmt=fmt, y=y, dist="grid", n=3, k=K) for fmt, y in product(FORMATS, ("bf16", "fp32"))),
         *(op.case(fmt=fmt, y="fp16", dist="outlier", n=17, k=K) for fmt in FORMATS),
         op.case(fmt="nvfp4", y="fp32", dist="zeros", n=2, k=16),
         op.case(fmt="absmax7_tensor", y="bf16", n=1, k=2),
         op.case(fmt="nvfp4", y="bf16", n=33, k=48),
+        op.case(fmt="mxfp4", y="fp16", dist="grid", n=7, k=96),
         op.case(fmt="absmax7_row", y="bf16", n=2, k=5),
     )
 
@@ -69,7 +89,7 @@ def _linear_checks() -> tuple[Case, ...]:
     op = FP4_LINEAR
     # Every activation with and without bias for every format; the dtype cycles so that each meets each activation.
     epilogues = (
-        op.case(fmt=fmt, x=DTYPES[(i + j) % 3], act=act, bias=bias, m=2, n=9, k=K if fmt == "absmax7_g128" else 32)
+        op.case(fmt=fmt, x=DTYPES[(i + j) % 3], act=act, bias=bias, m=2, n=9, k=max(32, FORMAT_GROUPS[fmt]))
         for i, fmt in enumerate(FORMATS)
         for j, (act, bias) in enumerate(product(("none", "relu", "gelu", "silu"), (0, 1)))
     )
@@ -85,6 +105,8 @@ def _linear_checks() -> tuple[Case, ...]:
         op.case(fmt="absmax7_g128", x="bf16", m=1, n=13, k=2 * K),
         op.case(fmt="nvfp4", x="fp16", m=17, n=3, k=80),
         op.case(fmt="absmax7_row", x="bf16", m=33, n=3, k=34),
+        op.case(fmt="mxfp4", x="bf16", m=17, n=5, k=96),
+        op.case(fmt="nf4", x="fp16", m=1, n=13, k=192),
         *(op.case(fmt=fmt, x="bf16", dist="outlier", m=2, n=8, k=K) for fmt in FORMATS),
         op.case(fmt="nvfp4", x="bf16", bias=1, dist="zeros", m=2, n=8, k=16),
         # What must be refused.

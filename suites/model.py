@@ -1,16 +1,19 @@
-"""Suite ``model``: every linear layer and attention of the models of ``models.py``, timed in the format nvfp4.
+"""Suite ``model``: every linear layer, attention and whole block of the models of ``models.py``, in the format nvfp4.
 
 tokens m: 1 (decoding), 16 (a small batch), 4096 (a prompt). Layers of equal shape are timed once and name all owners.
+A block has no cache of keys, so it is timed on prompts of 128 and 1024 tokens. Its check cases are the smallest that
+have every step: they run interpreted, a dozen launches each.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from vbench.reference.ops.attention import ATTENTION
+from vbench.reference.ops.block import DECODER_BLOCK
 from vbench.reference.ops.fp4 import FP4_LINEAR
-from vbench.spec import BenchCase, Suite
-from vbench.suites.models import ATTENTIONS, STANDARD_MODELS, LinearShape, distinct_linears
+from vbench.spec import BenchCase, Case, Suite
+from vbench.suites.models import ATTENTIONS, BLOCKS, STANDARD_MODELS, LinearShape, distinct_linears
 
 Effort = Literal["quick", "standard", "full"]
 
@@ -55,8 +58,44 @@ def _attentions() -> tuple[BenchCase, ...]:
     return tuple(out)
 
 
+#: Tokens of the prompts a block is timed on; the longer one at effort standard for the largest models only.
+PROMPTS = (128, 1024)
+
+
+def _blocks() -> tuple[BenchCase, ...]:
+    out: list[BenchCase] = []
+    for shape in BLOCKS:
+        for s in PROMPTS:
+            effort: Effort = "standard" if s == PROMPTS[0] or shape.model in STANDARD_MODELS else "full"
+            case = DECODER_BLOCK.case(
+                family=shape.family, fmt="nvfp4", x="bf16", theta=shape.theta, s=s,
+                hidden=shape.hidden, hq=shape.hq, hk=shape.hk, inner=shape.inner,
+            )  # fmt: skip
+            out.append(BenchCase(case, f"{shape.model} ({shape.source})", effort))
+    return tuple(out)
+
+
+def _block_checks() -> tuple[Case, ...]:
+    op = DECODER_BLOCK
+    gpt2: dict[str, Any] = {"family": "gpt2", "theta": 0}
+    return (
+        op.case(**gpt2, fmt="nvfp4", x="bf16", s=7, hidden=32, hq=2, hk=2, inner=48),
+        op.case(**gpt2, fmt="absmax7_row", x="fp32", b=2, s=3, hidden=34, hq=2, hk=2, inner=30),
+        op.case(**gpt2, fmt="dense", x="bf16", s=9, hidden=40, hq=4, hk=4, inner=64),
+        op.case(family="llama", fmt="nvfp4", x="bf16", theta=500000, s=11, hidden=64, hq=4, hk=2, inner=80),
+        op.case(family="llama", fmt="absmax7_g128", x="fp16", b=2, s=5, hidden=128, hq=2, hk=1, inner=128),
+        op.case(family="llama", fmt="absmax7_tensor", x="bf16", s=1, hidden=24, hq=3, hk=1, inner=40),
+        op.case(family="llama", fmt="dense", x="fp32", s=6, hidden=32, hq=2, hk=2, inner=24),
+        # What must be refused.
+        op.case(family="llama", fmt="nvfp4", s=4, hidden=48, hq=4, hk=3, inner=64),
+        op.case(**gpt2, fmt="nvfp4", s=4, hidden=40, hq=4, hk=4, inner=64),
+        op.case(**gpt2, fmt="dense", s=4, hidden=64, hq=4, hk=2, inner=64),
+    )
+
+
 SUITE = Suite(
     name="model",
-    summary="every linear layer and attention of GPT-2 small to XL, LLaMA-7B and Llama-3-8B",
-    benches=_linears() + _attentions(),
+    summary="every linear layer, attention and block of GPT-2 small to XL, LLaMA-7B and Llama-3-8B",
+    checks=_block_checks(),
+    benches=_linears() + _attentions() + _blocks(),
 )

@@ -118,6 +118,41 @@ ATTENTIONS: tuple[AttentionShape, ...] = (
     ),
 )
 
+
+@dataclass(frozen=True, slots=True)
+class BlockShape:
+    """One decoder block: width, heads, MLP width, and the base of its rotary angles (0: none)."""
+
+    model: str
+    family: str
+    hidden: int
+    hq: int
+    hk: int
+    inner: int
+    theta: int
+    source: str
+
+
+BLOCKS: tuple[BlockShape, ...] = (
+    *(
+        BlockShape(
+            m.name, "gpt2", m.n_embd, m.n_head, m.n_head, 4 * m.n_embd, 0,
+            f"{m.repository} config.json: n_embd={m.n_embd}, n_head={m.n_head}, n_inner=null (4 n_embd)",
+        )
+        for m in _GPT2
+    ),
+    BlockShape(
+        "LLaMA-7B", "llama", 4096, 32, 32, 11008, 10000,
+        f"{_LLAMA_7B} config.json: hidden_size=4096, num_attention_heads=32, intermediate_size=11008; base 10000 of "
+        "its reference code",
+    ),
+    BlockShape(
+        "Llama-3-8B", "llama", 4096, 32, 8, 14336, 500000,
+        f"{_LLAMA3_8B} config.json: hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, "
+        "intermediate_size=14336, rope_theta=500000",
+    ),
+)  # fmt: skip
+
 #: What effort ``standard`` times; the smaller GPT-2 add little that their big sister does not show.
 STANDARD_MODELS = ("GPT-2 XL", "LLaMA-7B", "Llama-3-8B")
 

@@ -11,15 +11,19 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from vbench.reference.ops.attention import ATTENTION, ATTENTION_DISTRIBUTIONS
+from vbench.reference.ops.attention import ATTENTION, ATTENTION_BACKWARD, ATTENTION_DISTRIBUTIONS, LAYOUTS
+from vbench.reference.ops.fetch import FETCH_DISTRIBUTIONS, RAW, TIER_FETCH
 from vbench.reference.ops.fp4 import (
+    ENCODINGS,
     FORMAT_GROUPS,
     FORMATS,
     FP4_DEQUANTIZE,
     FP4_LINEAR,
     FP4_QUANTIZE,
     WEIGHT_DISTRIBUTIONS,
+    decoded_as,
 )
+from vbench.reference.ops.int8 import ACT_QUANTS, INT8_DISTRIBUTIONS, INT8_LINEAR
 from vbench.reference.ops.tiers import TIER_STACK
 from vbench.reference.ops.types import DTYPES
 from vbench.spec import Case, Op
@@ -64,8 +68,8 @@ def _keep_answerable(values: dict[str, Any], dtype_parameter: str) -> None:
 @st.composite
 def _weights(draw: st.DrawFn, op: Op, dtype_parameter: str, extra: dict[str, SearchStrategy[Any]]) -> Case:
     """A case of an op on a weight [n, k]: format and k that fit each other, unless the case is a bad one."""
-    fmt = draw(st.sampled_from(FORMATS))
-    group = FORMAT_GROUPS[fmt]
+    fmt = draw(st.sampled_from(ENCODINGS if op is FP4_QUANTIZE else FORMATS))
+    group = FORMAT_GROUPS[decoded_as(fmt)]
     block = group if group > 0 else 2
     values: dict[str, Any] = {
         "fmt": fmt,
@@ -117,30 +121,37 @@ def fp4_linear_cases() -> SearchStrategy[Case]:
 
 
 @st.composite
-def _attention(draw: st.DrawFn) -> Case:
+def _attention(draw: st.DrawFn, op: Op, extra: dict[str, SearchStrategy[Any]]) -> Case:
     hk = draw(st.integers(1, 2))
     values: dict[str, Any] = {
         "dtype": draw(st.sampled_from(DTYPES)),
         "causal": draw(st.sampled_from(("none", "top_left", "bottom_right"))),
         "dist": draw(st.sampled_from(ATTENTION_DISTRIBUTIONS)),
+        "layout": draw(st.sampled_from(LAYOUTS)),
         "b": draw(st.integers(1, 2)),
         "hq": hk * draw(st.integers(1, 3)),
         "hk": hk,
         "sq": draw(st.integers(1, 40)),
         "sk": draw(st.integers(1, 40)),
         "d": draw(st.one_of(st.sampled_from((8, 16, 32, 40)), st.integers(1, 40))),
+        **{name: draw(strategy) for name, strategy in extra.items()},
     }
-    if values["b"] * values["hq"] * values["sq"] == 1:
+    if values["b"] * min(values["hq"] * values["sq"], hk * values["sk"]) == 1:
         # A few outputs may all lie near their mean, which a kernel returning the mean would then have right.
         values["d"] = max(values["d"], MANY)
     if draw(st.integers(1, BAD_ONE_IN)) == BAD_ONE_IN:
         values |= draw(st.sampled_from(({"hq": 3, "hk": 2}, {"sq": 0}, {"sk": 0}, {"d": 0}, {"b": 0}, {"hk": 0})))
-    return ATTENTION.case(seed=draw(_seeds), **values)
+    return op.case(seed=draw(_seeds), **values)
 
 
 def attention_cases() -> SearchStrategy[Case]:
-    """attention: sq, sk, d <= 40, up to 6 query heads, both alignments, so that some draws mask whole rows."""
-    return _attention()
+    """attention: sq, sk, d <= 40, up to 6 query heads, every layout, both alignments; some draws mask whole rows."""
+    return _attention(ATTENTION, {})
+
+
+def attention_backward_cases() -> SearchStrategy[Case]:
+    """attention_backward: as the forward, with and without a gradient of lse."""
+    return _attention(ATTENTION_BACKWARD, {"dlse": st.integers(0, 1)})
 
 
 @st.composite
@@ -163,3 +174,49 @@ def _tier(draw: st.DrawFn) -> Case:
 def tier_cases() -> SearchStrategy[Case]:
     """tier_stack: up to 6 keys of up to 48 bytes, 48 steps; capacities from one byte, so items may pass levels by."""
     return _tier()
+
+
+@st.composite
+def _fetch(draw: st.DrawFn) -> Case:
+    bad = draw(st.integers(1, BAD_ONE_IN)) == BAD_ONE_IN
+    fmt = draw(st.sampled_from((RAW, *FORMATS)))
+    group = 1 if fmt == RAW else FORMAT_GROUPS[fmt]
+    block = group if group > 0 else 2
+    values: dict[str, Any] = {
+        "fmt": fmt,
+        "y": draw(st.sampled_from(DTYPES)),
+        # A few weights repeat from draw to draw, and a few may all lie near their mean.
+        "n": draw(st.integers(4, 16)),
+        "k": block * draw(st.integers(max(1, 8 // block), max(2, 64 // block))),
+        "dist": draw(st.sampled_from(FETCH_DISTRIBUTIONS)),
+    }
+    if bad:
+        values |= draw(st.sampled_from(({"n": 0}, {"k": 0}, {"k": values["k"] + 1} if fmt != RAW else {"n": 0})))
+    return TIER_FETCH.case(seed=draw(_seeds), **values)
+
+
+def tier_fetch_cases() -> SearchStrategy[Case]:
+    """tier_fetch: n <= 16, k <= 64 (two blocks of 128 for g128)."""
+    return _fetch()
+
+
+@st.composite
+def _int8_linear(draw: st.DrawFn) -> Case:
+    bad = draw(st.integers(1, BAD_ONE_IN)) == BAD_ONE_IN
+    values: dict[str, Any] = {
+        "x": draw(st.sampled_from(DTYPES)),
+        "act_quant": draw(st.sampled_from(tuple(ACT_QUANTS))),
+        "bias": draw(st.integers(0, 1)),
+        "dist": draw(st.sampled_from(INT8_DISTRIBUTIONS)),
+        "m": draw(st.integers(1, 24)),
+        "n": draw(st.integers(MANY, 48)),
+        "k": draw(st.integers(4, 96)),
+    }
+    if bad:
+        values |= draw(st.sampled_from(({"m": 0}, {"n": 0}, {"k": 0})))
+    return INT8_LINEAR.case(seed=draw(_seeds), **values)
+
+
+def int8_linear_cases() -> SearchStrategy[Case]:
+    """int8_linear: m <= 24, n <= 48, k <= 96."""
+    return _int8_linear()

@@ -1,4 +1,5 @@
-"""Suite ``tier``: the stack of memory levels against the dictionary model, and what it costs over having it all.
+"""Suite ``tier``: the stack of memory levels against the dictionary model, and what it costs over having it all;
+fetches of packed weights from host memory.
 
 Trace cyclic is LRU's worst case: with fewer places than keys every access misses.
 """
@@ -8,7 +9,10 @@ from __future__ import annotations
 from itertools import product
 from typing import Literal
 
+from vbench.reference.ops.fetch import RAW, TIER_FETCH
+from vbench.reference.ops.fp4 import FORMATS
 from vbench.reference.ops.tiers import TIER_STACK
+from vbench.reference.ops.types import DTYPES
 from vbench.spec import BenchCase, Case, Generated, Suite
 
 op = TIER_STACK
@@ -37,6 +41,21 @@ def _checks() -> tuple[Case, ...]:
     )
 
 
+def _fetch_checks() -> tuple[Case, ...]:
+    fetch = TIER_FETCH
+    return (
+        *(fetch.case(fmt=fmt, y=DTYPES[i % 3], n=5, k=128) for i, fmt in enumerate((RAW, *FORMATS))),
+        # Every code, those no encoder writes too; raw: every kind of bit pattern, an odd number of 16-bit elements.
+        *(fetch.case(fmt=fmt, y="bf16", dist="grid", n=3, k=128) for fmt in (RAW, *FORMATS)),
+        fetch.case(fmt=RAW, y="fp16", dist="grid", n=3, k=43),
+        fetch.case(fmt="nvfp4", y="bf16", dist="zeros", n=1, k=16),
+        fetch.case(fmt="absmax7_row", y="fp32", n=7, k=2),
+        # What must be refused.
+        fetch.case(fmt=RAW, n=0, k=16),
+        fetch.case(fmt="nvfp4", n=2, k=24),
+    )
+
+
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 SOURCE = "16 layers of equal size through a level 0 that holds a quarter of them (resident: all)"
 
@@ -59,10 +78,22 @@ def _benches() -> tuple[BenchCase, ...]:
     return tuple(out)
 
 
+#: Formats whose fetch is timed: as it is, and the two ways to put 4 bits in its place.
+FETCHED = (RAW, "absmax7_row", "nvfp4")
+FETCH_SOURCE = "gate_proj, up_proj of Llama-3-8B (config.json: hidden_size=4096, intermediate_size=14336)"
+
+
+def _fetch_benches() -> tuple[BenchCase, ...]:
+    return tuple(BenchCase(TIER_FETCH.case(fmt=fmt, n=14336, k=4096), FETCH_SOURCE, "standard") for fmt in FETCHED)
+
+
 SUITE = Suite(
     name="tier",
-    summary="tier stack: every value bitwise, every byte counted, LRU as the model has it; overhead over all-resident",
-    checks=_checks(),
-    generated=(Generated("vbench.suites.strategies:tier_cases", (15, 100, 1000)),),
-    benches=_benches(),
+    summary="tier stack and fetch from the host: every value bitwise, every byte counted; overhead over all-resident",
+    checks=(*_checks(), *_fetch_checks()),
+    generated=(
+        Generated("vbench.suites.strategies:tier_cases", (15, 100, 1000)),
+        Generated("vbench.suites.strategies:tier_fetch_cases", (8, 50, 500)),
+    ),
+    benches=(*_benches(), *_fetch_benches()),
 )

@@ -94,6 +94,7 @@ CASES: dict[str, dict[str, int | str]] = {
     "fp4_dequantize": {"fmt": "absmax7_row", "n": 4, "k": 32},
     "fp4_linear": {"fmt": "nvfp4", "x": "bf16", "m": 4, "n": 8, "k": 64},
     "attention": {"hq": 2, "hk": 1, "sq": 8, "sk": 8, "d": 16},
+    "attention_backward": {"hq": 2, "hk": 1, "sq": 8, "sk": 8, "d": 16, "dlse": 1},
     "tier_stack": {
         "keys": 4,
         "item_bytes": 64,

@@ -267,7 +267,8 @@ def test_our_selects_meet_planned_cases(ours: Ledger) -> None:
     import importlib
     import itertools
 
-    suites = [importlib.import_module(f"vbench.suites.{name}").SUITE for name in ("fp4", "attention", "tier", "model")]
+    names = ("fp4", "attention", "tier", "model", "rivals")
+    suites = [importlib.import_module(f"vbench.suites.{name}").SUITE for name in names]
     planned = {
         "check": [c for s in suites for c in s.checks],
         "time": [b.case for s in suites for b in s.benches],
@@ -284,6 +285,14 @@ def test_our_selects_meet_planned_cases(ours: Ledger) -> None:
         for values in itertools.product(*restated.select.values()):
             wanted = dict(zip(restated.select, values, strict=True))
             assert any(all(case.get(k) == v for k, v in wanted.items()) for case in cases), (claim.id, wanted)
+            if restated.over:
+                base = [c for c in planned[restated.kind] if c.op == restated.over_op and c.seed == 0]
+                wanted |= restated.over_select
+                asked = [
+                    {k: v for k, v in wanted.items() if k in dict(c.params) or k in restated.over_select} for c in base
+                ]
+                met_by = any(all(str(c[k]) == v for k, v in a.items()) for c, a in zip(base, asked, strict=True))
+                assert met_by, (claim.id, "over", wanted)
         met = [c for c in cases if all(c.get(k) in v for k, v in restated.select.items())]
         gone = {step.over for step in restated.reduce}
         if restated.metric != "fraction_passed" and None not in gone:

@@ -13,8 +13,8 @@ import pytest
 from vbench.cli import main, parser
 
 FROZEN = {
-    "run": "--suite --backend --op --device --effort --out --seed --resume --strict --json",
-    "list": "--json",
+    "run": "--suite --backend --op --device --effort --out --seed --resume --dry-run --strict --json",
+    "list": "--matrix --device --json",
     "show": "run --failed --case --out --format --json",
     "repro": "hash --run --backend --out --json",
     "doctor": "--json",

@@ -243,6 +243,67 @@ def test_a_baseline_may_run_another_dtype() -> None:
         ledger(over="triton")
 
 
+def int8_case(m: int, quant: str = "row127") -> str:
+    return f"int8_linear[x=bf16,act_quant={quant},m={m},n=64,k=64]"
+
+
+def test_a_baseline_may_run_another_operation() -> None:
+    select = 'op = "fp4_linear", fmt = "nvfp4", x = "bf16", n = 64, m = [1, 4]'
+    other = 'over_select = {op = "int8_linear", act_quant = "row127"}'
+    book = ledger(over="torch_native[int_mm]", select=select, over_select=other, reduce="min over m")
+    mine = {m: linear_case("nvfp4", m) for m in (1, 4)}
+    records = [timed("triton", 1e-5, case=case) for case in mine.values()]
+    records += [timed("torch_native[int_mm]", 1e-5 * ratio, case=int8_case(m)) for m, ratio in ((1, 5.0), (4, 3.0))]
+    # Neither another rounding of x nor the same variant's time on another operation counts.
+    records += [timed("torch_native[int_mm]", 1e-6, case=int8_case(m, "row127h")) for m in (1, 4)]
+    records += [timed("torch_native[int_mm]", 1e-6, case=case) for case in mine.values()]
+    found = restated(book, records)
+    assert found.word == "SUPPORTED" and found.value == pytest.approx(3.0)
+    # control: a size that only one side has is missed, not made up
+    found = restated(book, [r for r in records if "m=4" not in r.case or r.backend == "triton"])
+    assert found.label == "INCONCLUSIVE(missing_cells)"
+
+
+def test_missing_operations_and_ambiguous_pairs_are_refused_on_load() -> None:
+    known = {"fp4_linear": ("fmt", "x", "n", "m"), "int8_linear": ("x", "act_quant", "n", "m")}
+
+    def load(select: str, over_select: str) -> None:
+        text = LEDGER_TEXT.format(select=select, over_select=over_select)
+        parse_ledger(text, "t.toml", ops=known)
+
+    load('op = "fp4_linear", fmt = "nvfp4", m = [1, 4]', 'op = "int8_linear", act_quant = "none"')
+    for select, over_select, rule in (
+        ('op = "fp4_linear", m = 1', 'op = "int9_linear"', "no known operation"),
+        ('op = "fp4_linear", m = 1', 'op = "int8_linear", act = "none"', "no parameter 'act'"),
+        ('op = "fp4_linear", fmt = ["nvfp4", "nf4"], m = 1', 'op = "int8_linear"', "exactly one value"),
+    ):
+        with pytest.raises(DataError, match=rule):
+            load(select, over_select)
+
+
+LEDGER_TEXT = """
+document = "d"
+document_sha256 = "0000000000000000000000000000000000000000000000000000000000000000"
+[[claim]]
+id = "a.b"
+section = "s"
+says = "t"
+hardware = "rtx3070"
+  [claim.restated]
+  sentence = "bf16"
+  metric = "ratio"
+  quantity = "time.graph"
+  kind = "time"
+  backend = "triton"
+  over = "torch_native[int_mm]"
+  select = {{{select}}}
+  over_select = {{{over_select}}}
+  holds = ">= 1"
+  hardware = "sm_90"
+  reviewed = {{sm_90 = "NOT_RUN"}}
+"""
+
+
 def test_missing_cells_keep_it_open() -> None:
     records = grid(5)
     assert restated(ledger(), records).word == "SUPPORTED"

@@ -16,7 +16,7 @@ from vbench.reference import attention, fp4, linear, tiers
 from vbench.reference.budget import UNIT_ROUNDOFF
 from vbench.reference.ops import OPS
 from vbench.reference.ops.attention import ATTENTION, attended_pairs
-from vbench.reference.ops.fp4 import FORMATS, FP4_LINEAR, FP4_QUANTIZE, packed_bytes
+from vbench.reference.ops.fp4 import FORMATS, FP4_LINEAR, FP4_QUANTIZE
 from vbench.reference.ops.tiers import TIER_STACK
 from vbench.spec import Numerics, Op, resolve
 
@@ -44,14 +44,6 @@ def test_decode_table_is_ml_dtypes_table() -> None:
     assert list(codes.view(ml_dtypes.float4_e2m1fn).astype(np.float64)) == list(fp4.table("nvfp4"))
 
 
-def test_packing_is_a_bijection_on_all_bytes() -> None:
-    packed = torch.arange(256, dtype=torch.uint8).reshape(8, 32)
-    codes = fp4.unpack(packed)
-    assert torch.equal(fp4.pack(codes), packed)
-    assert int(codes.max()) == 15
-    assert fp4.unpack(torch.tensor([[0x21]], dtype=torch.uint8)).tolist() == [[1, 2]]  # element 0 in the low nibble
-
-
 def test_nvfp4_agrees_with_ml_dtypes() -> None:
     w = np.random.default_rng(1).normal(size=(32, 64)).astype(np.float32) * 0.02
     f32 = np.float32
@@ -77,23 +69,6 @@ def test_absmax7_error_is_at_most_half_a_step_in_exact_rationals(values: list[fl
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-@given(seed=st.integers(0, 2**32 - 1), power=st.integers(-20, 20))
-@settings(max_examples=20)
-def test_codec_laws(fmt: str, seed: int, power: int) -> None:
-    w = torch.randn(4, 128, generator=torch.Generator().manual_seed(seed))
-    q = fp4.quantize(fmt, w)
-    dq = fp4.dequantize(fmt, q, torch.float32)
-    again = fp4.quantize(fmt, dq)
-    assert torch.equal(fp4.dequantize(fmt, again, torch.float32), dq)  # value idempotence
-    negated = fp4.dequantize(fmt, fp4.quantize(fmt, -w), torch.float32)
-    assert torch.equal(negated, -dq)  # sign symmetry
-    scaled = fp4.dequantize(fmt, fp4.quantize(fmt, w * 2.0**power), torch.float32)
-    assert torch.equal(scaled, dq * 2.0**power)  # power-of-two equivariance
-    order = torch.argsort(w[0, :16])
-    assert bool((dq[0, order].diff() >= 0).all())  # monotone within a block
-
-
-@pytest.mark.parametrize("fmt", FORMATS)
 def test_zero_and_bad_weights(fmt: str) -> None:
     q = fp4.quantize(fmt, torch.zeros(2, 128))
     assert bool((fp4.dequantize(fmt, q, torch.float32) == 0).all())
@@ -103,13 +78,6 @@ def test_zero_and_bad_weights(fmt: str) -> None:
         with pytest.raises(Unsupported) as info:
             fp4.quantize(fmt, w)
         assert info.value.rule == "nonfinite_weight"
-
-
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_packed_bytes_counts_what_is_stored(fmt: str) -> None:
-    q = fp4.quantize(fmt, torch.randn(8, 256))
-    stored = sum(q[name].numel() * q[name].element_size() for name in ("codes", "scale"))
-    assert packed_bytes(fmt, 8, 256) == stored + (4 if fmt == "nvfp4" else 0)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -13,13 +14,15 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from vbench.reference.ops import OPS
-from vbench.reference.ops.fp4 import FORMATS, packed_bytes
+from vbench.reference.ops.attention import LAYOUTS
+from vbench.reference.ops.block import layers
+from vbench.reference.ops.fp4 import ENCODINGS, FORMATS, MXFP4_ENCODINGS, packed_bytes
 from vbench.reference.ops.types import DTYPES
 from vbench.spec import Case, Op, Suite, resolve
-from vbench.suites import attention, fp4, model, strategies, tier
-from vbench.suites.models import ATTENTIONS, LINEARS, distinct_linears
+from vbench.suites import attention, fp4, model, rivals, strategies, tier
+from vbench.suites.models import ATTENTIONS, BLOCKS, LINEARS, distinct_linears
 
-SUITES = (fp4.SUITE, attention.SUITE, tier.SUITE, model.SUITE)
+SUITES = (fp4.SUITE, attention.SUITE, tier.SUITE, model.SUITE, rivals.SUITE)
 OPS_BY_NAME = {op.name: op for op in OPS}
 by_suite = pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.name)
 
@@ -28,7 +31,10 @@ STRATEGIES: dict[str, Callable[[], SearchStrategy[Case]]] = {
     "fp4_dequantize": strategies.fp4_dequantize_cases,
     "fp4_linear": strategies.fp4_linear_cases,
     "attention": strategies.attention_cases,
+    "attention_backward": strategies.attention_backward_cases,
     "tier_stack": strategies.tier_cases,
+    "tier_fetch": strategies.tier_fetch_cases,
+    "int8_linear": strategies.int8_linear_cases,
 }
 
 
@@ -38,11 +44,17 @@ def op_of(case: Case) -> Op:
 
 def elements(case: Case) -> int:
     """The work of a check case, roughly: what an interpreter pays for."""
-    if case.op == "attention":
+    if case.op.startswith("attention"):
         return case.axis("b") * case.axis("hq") * case.axis("sq") * case.axis("sk") * case.axis("d")
     if case.op == "tier_stack":
         return case.axis("steps") * case.axis("item_bytes")
-    return case.axis("n") * case.axis("k") * (case.axis("m") if case.op == "fp4_linear" else 1)
+    if case.op == "decoder_block":
+        return 4 * case.axis("b") * case.axis("s") * case.axis("hidden") * max(case.axis("hidden"), case.axis("inner"))
+    if case.op == "svd":
+        return case.axis("m") * case.axis("n") * min(case.axis("m"), case.axis("n"))
+    if case.op == "elementwise_chain":
+        return case.axis("n") * case.axis("steps")
+    return case.axis("n") * case.axis("k") * (case.axis("m") if case.op.endswith("linear") else 1)
 
 
 def repeated(cases: list[Case]) -> list[str]:
@@ -100,27 +112,32 @@ def test_model_quick_is_one_layer() -> None:
 def test_check_cases_cover_formats_epilogues_alignments_and_masked_rows() -> None:
     checks = [case for suite in SUITES for case in suite.checks if op_of(case).reject(case) is None]
     of = {name: [case for case in checks if case.op == name] for name in OPS_BY_NAME}
-    assert {c.text("fmt") for c in of["fp4_quantize"]} == set(FORMATS)
+    assert {c.text("fmt") for c in of["fp4_quantize"]} == set(ENCODINGS)
     assert {(c.text("fmt"), c.text("y")) for c in of["fp4_dequantize"]} >= {(f, y) for f in FORMATS for y in DTYPES}
     epilogues = {(c.text("fmt"), c.text("act"), c.axis("bias")) for c in of["fp4_linear"]}
     assert len(epilogues) == len(FORMATS) * 4 * 2
     assert {c.text("x") for c in of["fp4_linear"] if c.text("dist") == "grid"} == set(DTYPES)
-    for causal in ("none", "top_left", "bottom_right"):
-        signs = {c.axis("sq") - c.axis("sk") > 0 for c in of["attention"] if c.text("causal") == causal}
-        assert signs == {False, True}
-    assert any(c.text("causal") == "bottom_right" and c.axis("sq") > c.axis("sk") for c in of["attention"])
-    assert any(c.axis("hq") > c.axis("hk") > 1 for c in of["attention"])
+    for name in ("attention", "attention_backward"):
+        for causal in ("none", "top_left", "bottom_right"):
+            signs = {c.axis("sq") - c.axis("sk") > 0 for c in of[name] if c.text("causal") == causal}
+            assert signs == {False, True}
+        assert any(c.text("causal") == "bottom_right" and c.axis("sq") > c.axis("sk") for c in of[name])
+        assert any(c.axis("hq") > c.axis("hk") > 1 for c in of[name])
+        assert {c.text("layout") for c in of[name]} == set(LAYOUTS)
+    assert {(c.axis("dlse"), c.text("dtype")) for c in of["attention_backward"]} == set(product((0, 1), DTYPES))
     assert {c.text("trace") for c in of["tier_stack"]} == {"mixed", "cyclic", "palindrome", "resident"}
 
 
 def test_each_op_has_a_case_that_must_be_refused_where_it_can_be() -> None:
     refused = {case.op for suite in SUITES for case in suite.checks if op_of(case).reject(case) is not None}
-    assert refused == {"fp4_quantize", "fp4_dequantize", "fp4_linear", "attention"}
+    assert refused == set(OPS_BY_NAME) - {"tier_stack"}
 
 
 def test_check_cases_are_small_but_for_the_metric_ones() -> None:
-    large = [case for suite in SUITES for case in suite.checks if elements(case) > 70_000]
-    assert len(large) == len(FORMATS) * len(fp4.METRIC_DISTRIBUTIONS) + 2 + 4
+    blocks = [case for case in model.SUITE.checks if case.op == "decoder_block"]
+    assert len(blocks) <= 10 and all(elements(case) < 1_000_000 for case in blocks)
+    large = [case for suite in SUITES for case in suite.checks if case not in blocks and elements(case) > 70_000]
+    assert len(large) == len(FORMATS) * len(fp4.METRIC_DISTRIBUTIONS) + len(MXFP4_ENCODINGS) + 2 + 4 + 2
     metric_sizes = ("n=512,k=512", "sq=256,sk=256", "item_bytes=4096")
     assert all(any(size in case.id for size in metric_sizes) for case in large)
 
@@ -146,7 +163,7 @@ def test_drawn_cases_are_valid_and_small(name: str, data: st.DataObject) -> None
         assert all(rejected)
     elif name == "fp4_linear":
         assert case.axis("m") * case.axis("n") >= strategies.MANY
-    elif name == "attention":
+    elif name.startswith("attention"):
         assert case.axis("b") * case.axis("hq") * case.axis("sq") * case.axis("d") > 1
     if name == "tier_stack":
         assert case.axis("file_bytes") >= case.axis("keys") * case.axis("item_bytes")
@@ -172,6 +189,13 @@ def test_model_shapes_follow_from_their_configs() -> None:
         assert "config.json" in shape.source
         assert shape.k % 16 == 0, "nvfp4 must fit every layer the suite times in it"
     widths = {shape.model: shape.hq * shape.d for shape in ATTENTIONS}
+    # A block's layers are the model's.
+    for block in BLOCKS:
+        case = next(
+            b.case for b in model.SUITE.benches if b.source.startswith(f"{block.model} ") and "family" in b.case.id
+        )
+        own = {(layer.n, layer.k, layer.bias) for layer in layers(case)}
+        assert own == {(s.n, s.k, s.bias) for s in LINEARS if s.model == block.model}
     for shape in LINEARS:
         assert widths[shape.model] in (shape.n, shape.k), shape
     # All blocks' linear weights, as the published totals have them less embeddings, norms and biases: GPT-2 XL 1.56e9

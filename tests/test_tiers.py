@@ -494,6 +494,9 @@ class LateLinks:
         if self._forget != "host_wait":
             self._force(marks)
 
+    def over(self, marks: Marks) -> bool:
+        return all(self._over(mark) for mark in marks)
+
     def drain(self) -> None:
         for stream, queue in self._queues.items():
             self._force((Mark(stream, len(queue), None),))

@@ -1,14 +1,12 @@
-"""Triton attention forward: meaning (interpreted, against the oracle), laws, refusals, and what the compiler makes.
+"""Triton attention forward: meaning (interpreted, against the oracle), laws, refusals.
 
 Everything that needs Triton runs in child processes: the interpreter is switched on by an environment variable that
-must be set before Triton's import, and ahead-of-time compilation needs it off.
+must be set before Triton's import. What the kernels compile to is the business of suite ``compile``.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -370,56 +368,3 @@ def test_group_of_heads_fits_the_cache(heads: int, per_kv: int, sk: int, d: int)
     kv_heads = -(-group // per_kv)
     assert 1 <= group <= heads * per_kv and group % per_kv == 0
     assert kv_heads == 1 or kv_heads * 4 * sk * d <= attention_tiles.L2_WORKING_SET_BYTES
-
-
-# --- ahead-of-time compilation ---------------------------------------------------------------------------------------
-
-COMPILE = """
-from vbench.kernels.triton.attention_aot import Configuration, faults, inspect
-from vbench.kernels.triton.attention_tiles import Tile, gluon_tiles, plain_tiles
-import sys
-kind = sys.argv[1]
-if kind == "gluon":
-    configs = [Configuration("bf16", 128, gluon_tiles(128, causal=True)[0], True, True, 90)]
-elif kind == "plain":
-    main = plain_tiles("bf16", descriptors=True, shared_227kb=True)[128][1]
-    old = plain_tiles("bf16", descriptors=False, shared_227kb=False)[64][1]
-    single = plain_tiles("fp32", descriptors=False, shared_227kb=False)[32][0]
-    configs = [
-        Configuration("bf16", 128, main, True, True, 90),
-        Configuration("bf16", 64, old, True, False, 80),
-        Configuration("fp32", 32, single, True, False, 80),
-    ]
-elif kind == "spilling":
-    configs = [Configuration("bf16", 256, Tile(64, 32, 4, 2), True, False, 80)]
-elif kind == "too much shared memory":
-    configs = [Configuration("bf16", 128, Tile(64, 64, 4, 8), True, True, 90)]
-elif kind == "no wgmma":
-    configs = [Configuration("bf16", 64, Tile(64, 64, 2, 2), True, True, 90)]
-for config in configs:
-    print("FAULTS", faults(config, inspect(config)))
-"""
-
-
-def compiled(kind: str) -> str:
-    """Faults found, one line a configuration, by a child without the interpreter."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, kind]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
-@pytest.mark.parametrize(("kind", "lines"), [("plain", 3), ("gluon", 1)])
-def test_compiles_without_faults(kind: str, lines: int) -> None:
-    pytest.importorskip("triton")
-    assert compiled(kind).split("\n")[:-1] == ["FAULTS []"] * lines
-
-
-@pytest.mark.parametrize(
-    ("kind", "fault"),
-    [("spilling", "spill"), ("too much shared memory", "of shared memory"), ("no wgmma", "no HGMMA in any loop")],
-)
-def test_compile_control_is_caught(kind: str, fault: str) -> None:
-    pytest.importorskip("triton")
-    assert fault in compiled(kind)

@@ -6,14 +6,21 @@ no torch, no DSL, nothing printed. The DSL is imported inside kernel factories, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from vbench.errors import DataError
 from vbench.spec import Case, Numerics
 
 Role = Literal["own", "peer", "subject"]
 Device = Literal["cpu", "cuda"]
+#: Where a worker stands: on a device, or in the compiler alone, with nothing to run the result on.
+Place = Literal["cpu", "cuda", "compile"]
+Effort = Literal["quick", "standard", "full"]
+#: The arithmetic unit a kernel declares: warp-group or warp matrix instructions, ordinary FMAs, or none that matters.
+Unit = Literal["hgmma", "qgmma", "igmma", "hmma", "qmma", "imma", "ffma", "none"]
 
 #: A bound kernel. Returns ``None`` when it wrote into ``out``, else the outputs by name.
 Launch = Callable[[], Mapping[str, Any] | None]
@@ -25,13 +32,14 @@ class Availability:
 
     Args:
         usable: can kernels be checked here.
-        mode: ``native`` (real hardware), ``interpreted`` or ``simulated`` (meaning only; never timed).
+        mode: ``native`` (real hardware), ``interpreted`` or ``simulated`` (meaning only; never timed), ``compiler``
+            (asked for the place ``compile``: code is made and read, none is run).
         reason: why not usable, or why not timed; a sentence that says what to do.
         versions: names and versions of what it stands on, for the record's environment.
     """
 
     usable: bool
-    mode: Literal["native", "interpreted", "simulated", "none"] = "native"
+    mode: Literal["native", "interpreted", "simulated", "compiler", "none"] = "native"
     reason: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -73,6 +81,71 @@ class Kernel(Protocol):
 KernelFactory = Callable[[Case, str, Device], Kernel]
 
 
+@dataclass(frozen=True, slots=True)
+class Cubin:
+    """What a compiler made for one configuration; the harness reads the machine code itself.
+
+    Args:
+        code: the cubin (ELF) of one kernel and the functions it calls.
+        dynamic_shared_bytes: shared memory the launch asks for beside what the code declares.
+        figures: what the machine code does not tell (layout conversions in the IR, kinds of division in PTX), by name,
+            for ``Configuration.bounds``.
+    """
+
+    code: bytes
+    dynamic_shared_bytes: int = 0
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """One compilation that the ahead-of-time gate must see succeed, and what the machine code must be like.
+
+    Args:
+        op: the operation it serves.
+        kernel: the compiled function's name.
+        arch: compute capability times ten (80, 90, ...).
+        unit: where the products are to run. A matrix unit must occur; ``ffma`` must occur with no matrix instruction
+            beside it; ``none`` allows no matrix instruction.
+        parameters: what tells it from the kernel's other configurations (tile, dtype), in id order.
+        compile: makes it; anything it raises but ``Unsupported`` is the outcome COMPILE_ERROR. Needs no GPU.
+        instructions: opcodes that must occur, as prefixes: ``UTMALDG``, ``USETMAXREG``, ``LDG.E.128``.
+        bounds: name -> (least, most). Names: a figure of the ``Cubin``, ``total.OPCODE``, ``loop.OPCODE`` (inside the
+            innermost loops that multiply), ``loop_spills``, ``loop_spill_share``.
+        spill_bytes_allowed: local memory a thread may have, bytes; 0 but for a reason.
+        spill_reason: why, and where that is written down; shown in the record.
+        effort: smallest ``--effort`` that includes it; ``full`` holds every one.
+
+    Raises:
+        DataError: an allowance without a reason or the other way round, or a parameter that an id cannot hold.
+    """
+
+    op: str
+    kernel: str
+    arch: int
+    unit: Unit
+    parameters: Mapping[str, int | str]
+    compile: Callable[[], Cubin]
+    instructions: tuple[str, ...] = ()
+    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    spill_bytes_allowed: int = 0
+    spill_reason: str = ""
+    effort: Effort = "full"
+
+    def __post_init__(self) -> None:
+        if bool(self.spill_bytes_allowed) != bool(self.spill_reason):
+            raise DataError(f"{self.case_id}: spill_bytes_allowed and spill_reason go together")
+        for name, value in self.parameters.items():
+            if not re.fullmatch(r"[\w.+-]+", str(value)) or not re.fullmatch(r"\w+", name):
+                raise DataError(f"{self.op} {self.kernel}: {name}={value} cannot stand in a case id")
+
+    @property
+    def case_id(self) -> str:
+        """The id of its record: ``compile[op=...,kernel=...,arch=...,unit=...,PARAMETER=VALUE,...]``."""
+        head = {"op": self.op, "kernel": self.kernel, "arch": self.arch, "unit": self.unit}
+        return "compile[" + ",".join(f"{k}={v}" for k, v in (head | dict(self.parameters)).items()) + "]"
+
+
 class Backend(Protocol):
     """What an entry point of group ``vbench.backends`` must name (an instance).
 
@@ -83,8 +156,10 @@ class Backend(Protocol):
         summary: one line for ``vbench list``.
         ops: op name -> ``module:factory`` of a KernelFactory.
         variants: op name -> variant names; an op left out has the single variant ``""``.
-        environment: variables set before the worker's first import, per device (interpreter switches).
+        environment: variables set before the worker's first import, per place (interpreter switches).
         timed: optional, default True; False for a backend whose speed means nothing (the oracle).
+        configurations: optional, ``module:function() -> Iterable[Configuration]``: what it compiles to, for the
+            ahead-of-time gate. Only a backend that has it is probed for the place ``compile``.
     """
 
     @property
@@ -105,7 +180,7 @@ class Backend(Protocol):
     @property
     def environment(self) -> Mapping[str, Mapping[str, str]]: ...
 
-    def probe(self, device: Device) -> Availability:
+    def probe(self, device: Place) -> Availability:
         """Say what is usable on ``device``. Runs in the worker; may import the DSL; must not raise."""
         ...
 
@@ -125,8 +200,9 @@ class DeclaredBackend:
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     timed: bool = True
+    configurations: str = ""
 
-    def probe(self, device: Device) -> Availability:
+    def probe(self, device: Place) -> Availability:
         from vbench.spec import resolve
 
         result = resolve(self.probe_function)(device)

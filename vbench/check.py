@@ -66,6 +66,20 @@ def tensors_of(value: Any) -> list[Any]:
     return []
 
 
+def copied(t: Any) -> Any:
+    """A copy with the strides and the storage offset of ``t`` (``clone`` keeps the strides of dense tensors only).
+
+    Where elements of ``t`` share an address the copy is contiguous.
+    """
+    import torch
+
+    if t.numel() == 0 or any(n > 1 and stride == 0 for n, stride in zip(t.shape, t.stride(), strict=True)):
+        return t.clone()
+    end = t.storage_offset() + 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    storage = torch.empty(end, dtype=t.dtype, device=t.device)
+    return storage.as_strided(t.shape, t.stride(), t.storage_offset()).copy_(t)
+
+
 def as_bytes(t: Any) -> Any:
     """The tensor's elements as a flat uint8 tensor (a copy where it is not contiguous)."""
     import torch

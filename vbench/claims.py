@@ -114,7 +114,10 @@ class Restated:
         backend, over: ``name`` or ``name[variant]``; ``over`` only with ``ratio``.
         select: ``op`` and parameter -> admitted values, as text. All values must be met.
         over_select: parameters in which ``over`` runs another case than ``backend``, with the value it runs (a float32
-            baseline against a bfloat16 kernel: ``{x = "fp32"}``); ``select`` gives the same parameter one value.
+            baseline against a bfloat16 kernel: ``{x = "fp32"}``); ``select`` gives the same parameter one value. With
+            ``over_op`` also parameters that only that operation has.
+        over_op: the operation ``over`` runs (``op`` in ``over_select``), the same as ``op`` unless given. Its cases are
+            set against those of ``backend`` that agree in every parameter both operations have.
         reduce: steps in the order they are applied.
         holds: the threshold.
         hardware: class of the records (``cpu``, ``sm_90``, ...) or ``any``.
@@ -130,6 +133,7 @@ class Restated:
     op: str
     select: Mapping[str, tuple[str, ...]]
     over_select: Mapping[str, str]
+    over_op: str
     reduce: tuple[Reduction, ...]
     holds: Holds
     hardware: str
@@ -389,16 +393,33 @@ def _select(table: _Table, ops: Mapping[str, Collection[str]] | None) -> tuple[s
     return op, select
 
 
-def _over_select(table: _Table, select: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+def _over_select(
+    table: _Table, op: str, select: Mapping[str, tuple[str, ...]], ops: Mapping[str, Collection[str]] | None
+) -> tuple[str, dict[str, str]]:
+    """The operation ``over`` runs, and the parameters in which its cases differ."""
     given = table.raw("over_select", default={})
     if not isinstance(given, dict):
         raise table.fail("over_select", "must be a table of parameters")
     for name, value in given.items():
-        if len(select.get(name, ())) != 1:
-            raise table.fail("over_select", f"{name!r} must have exactly one value in select")
         if not isinstance(value, str | int) or isinstance(value, bool):
             raise table.fail("over_select", f"{name!r} must be one text or whole number")
-    return {name: str(value) for name, value in given.items()}
+    over_select = {name: str(value) for name, value in given.items()}
+    over_op = over_select.pop("op", op)
+    if ops is not None and over_op not in ops:
+        raise table.fail("over_select", f"{over_op!r} is no known operation; known: {', '.join(sorted(ops))}")
+    for name in over_select:
+        if over_op == op or name in select:
+            if len(select.get(name, ())) != 1:
+                raise table.fail("over_select", f"{name!r} must have exactly one value in select")
+        elif ops is not None and name not in ops[over_op]:
+            known = ", ".join(sorted(ops[over_op]))
+            raise table.fail("over_select", f"{over_op} has no parameter {name!r}; it has {known}")
+    if ops is not None and over_op != op:
+        for name, values in select.items():
+            if name not in (*ops[over_op], "seed") and len(values) != 1:
+                rule = f"{over_op} has no parameter {name!r}, so that select must give it exactly one value"
+                raise table.fail("over_select", rule)
+    return over_op, over_select
 
 
 def _restated(data: Any, where: str, ops: Mapping[str, Collection[str]] | None) -> Restated:
@@ -421,6 +442,7 @@ def _restated(data: Any, where: str, ops: Mapping[str, Collection[str]] | None) 
         reviewed[name] = word
     if hardware != "any" and hardware not in reviewed:
         raise table.fail("reviewed", f"has no verdict for {hardware}")
+    over_op, over_select = _over_select(table, op, select, ops) if metric == "ratio" else (op, {})
     restated = Restated(
         sentence=table.text("sentence"),
         metric=metric,  # type: ignore[arg-type]  # one of METRICS
@@ -430,7 +452,8 @@ def _restated(data: Any, where: str, ops: Mapping[str, Collection[str]] | None) 
         over=table.parsed("over", _who) if metric == "ratio" else "",
         op=op,
         select=select,
-        over_select=_over_select(table, select) if metric == "ratio" else {},
+        over_select=over_select,
+        over_op=over_op,
         reduce=table.parsed("reduce", parse_reduce, default=""),
         holds=table.parsed("holds", parse_holds),
         hardware=hardware,

@@ -30,10 +30,13 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results folder ({DEFAULT_OUT})")
     run.add_argument("--seed", type=int, metavar="N", help="seed of the generated cases (default: 0)")
     run.add_argument("--resume", metavar="RUN", help="finish an unfinished run (run id, folder or latest)")
+    run.add_argument("--dry-run", action="store_true", help="print how much there is to do and end")
     run.add_argument("--strict", action="store_true", help="exit 3 if anything was not decided")
     run.add_argument("--json", action="store_true", help="print a JSON summary instead of the last screen")
 
     ls = commands.add_parser("list", help="ops, backends, suites, claims")
+    ls.add_argument("--matrix", action="store_true", help="what each kernel takes by format and dtype, or its refusal")
+    ls.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the matrix (auto)")
     ls.add_argument("--json", action="store_true", help="print JSON")
 
     show = commands.add_parser("show", help="the records of a run as tables")
@@ -103,6 +106,8 @@ def _run(arguments: argparse.Namespace) -> int:
         given = [
             n for n in ("suite", "backend", "op", "device", "effort", "seed") if getattr(arguments, n) not in (None, [])
         ]
+        if arguments.dry_run:
+            given.append("dry-run")
         if given:
             raise UsageError(f"--resume takes the plan of the run: leave out --{', --'.join(given)}")
         return resume_run(arguments.resume, arguments.out, strict=arguments.strict, as_json=arguments.json)
@@ -116,6 +121,7 @@ def _run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed or 0,
         strict=arguments.strict,
         as_json=arguments.json,
+        dry_run=arguments.dry_run,
     )
 
 
@@ -123,6 +129,10 @@ def _list(arguments: argparse.Namespace) -> int:
     from vbench import registry
     from vbench.claims import load_ledger
 
+    if arguments.matrix:
+        from vbench.commands import matrix_command
+
+        return matrix_command(arguments.device, arguments.json)
     problems: list[registry.Problem] = []
     ops, suites, backends = registry.ops(problems), registry.suites(problems), registry.backends()
     ledgers = {name: load_ledger(path) for name, path in registry.ledger_paths(problems).items()}

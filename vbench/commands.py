@@ -16,12 +16,14 @@ from vbench import environment, registry, report, spec
 from vbench.backend import Device
 from vbench.claims import Claim, Ledger, arithmetic_metrics, load_ledger, stated_digest
 from vbench.errors import DataError, UsageError
-from vbench.judge import ClaimVerdict, exit_code, judge
+from vbench.gate import listed
+from vbench.judge import ClaimVerdict, exit_code, judge, may_rest_on
 from vbench.plan import Effort, Job, plan
 from vbench.record import EXCUSED, Record
 from vbench.registry import BackendInfo
 from vbench.resume import Pins, pins, refuse_changes
-from vbench.sources import job_digest
+from vbench.rows import MOST_ROWS, Limited, estimate_s, within_limit
+from vbench.sources import digest, job_digest
 from vbench.store import RUN_FILE, Key, RunStore, new_run_id, read_records, read_summary, start_counts
 
 
@@ -36,6 +38,9 @@ def current_sources(infos: Mapping[str, BackendInfo] | None = None) -> Callable[
     def find(record: Record) -> str | None:
         if record.kind == "arithmetic":
             return stated_digest(stated[record.case]) if record.case in stated else None
+        if record.kind == "compile":
+            compiler = infos.get(record.backend)
+            return digest((compiler.configurations.partition(":")[0],)) if compiler is not None else None
         op = ops.get(record.case.partition("[")[0])
         info = infos.get(record.backend)
         if op is None or info is None or op.name not in info.ops:
@@ -56,6 +61,16 @@ def _stated(books: dict[str, Ledger]) -> dict[str, Claim]:
     return {c.id: c for book in books.values() for c in book.claims if c.stated is not None}
 
 
+def _device(asked: str) -> Device:
+    """The device that ``auto``, ``cpu`` or ``cuda`` means here. Raises UsageError for a GPU that is not there."""
+    from vbench.runner import detect_device
+
+    found: Device = "cpu" if asked == "cpu" else detect_device()
+    if asked == "cuda" and found != "cuda":
+        raise UsageError("--device cuda: torch sees no GPU here; use --device cpu, or run on a machine with CUDA")
+    return found
+
+
 def run_suites(
     *,
     suites: Sequence[str],
@@ -67,17 +82,14 @@ def run_suites(
     seed: int,
     strict: bool,
     as_json: bool,
+    dry_run: bool = False,
 ) -> int:
     """``vbench run``. Raises UsageError or DataError for bad input."""
-    from vbench.runner import detect_device
-
     known_suites, known_ops, known_backends = registry.suites(), registry.ops(), registry.backends()
     chosen_suites = registry.choose("suite", suites, known_suites)
     chosen_ops = registry.choose("op", ops, known_ops)
     chosen = registry.choose("backend", backends, known_backends)
-    where: Device = "cuda" if device == "cuda" else "cpu" if device == "cpu" else detect_device()
-    if where == "cuda" and device == "cuda" and detect_device() != "cuda":
-        raise UsageError("--device cuda: torch sees no GPU here; use --device cpu, or run on a machine with CUDA")
+    where = _device(device)
     run_id = new_run_id()
     recipe = {
         "run": run_id,
@@ -89,10 +101,50 @@ def run_suites(
         "ops": chosen_ops,
         "claims": sorted(_stated(ledgers())),
     }
-    jobs, pinned = _plan(recipe, known_backends)
-    summary = {**recipe, "jobs": len(jobs), "pins": pinned}
+    planned, pinned = _plan(recipe, known_backends)
+    if dry_run:
+        return _show_plan(planned, where, as_json)
+    if planned.message:
+        print(f"plan: {planned.message}", file=sys.stderr)
+    summary = {
+        **recipe,
+        "jobs": len(planned.jobs),
+        "timed_rows": len(planned.rows),
+        "postponed": len(planned.postponed),
+        "pins": pinned,
+    }
     store = RunStore(out / run_id, summary)
-    return _execute(summary, jobs, known_backends, store, (), {}, strict=strict, as_json=as_json)
+    return _execute(summary, planned.jobs, known_backends, store, (), {}, strict=strict, as_json=as_json)
+
+
+def _show_plan(planned: Limited, where: Device, as_json: bool) -> int:
+    """``vbench run --dry-run``: what there is to do, and for how long by the records that vbench ships."""
+    hardware = environment.describe(where)["hardware"]
+    seen = [r for r in baselines() if r.hardware == hardware]
+    seconds = estimate_s(planned.rows, seen)
+    kinds = Counter(job.kind for job in planned.jobs)
+    refused = kinds["time"] - len(planned.rows)
+    body: dict[str, Any] = {
+        "device": where,
+        "jobs": dict(kinds),
+        "timed_rows": len(planned.rows),
+        "not_timed_here": refused,
+    }
+    body |= {"postponed": len(planned.postponed), "timing_s": seconds}
+    if as_json:
+        print(json.dumps(body, indent=1))
+        return 0
+    print(f"{len(planned.jobs)} jobs on {where}: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}")
+    print(f"timed here: {len(planned.rows)} rows; {refused} planned ones are refused or need a GPU")
+    if planned.message:
+        print(planned.message)
+    told = "no shipped record tells" if seconds is None else f"{seconds:.0f} s by the shipped records of {hardware}"
+    print(f"timing takes about: {told}; checks and compilation come on top")
+    return 0
+
+
+def _timed_here(job: Job, where: Device) -> bool:
+    return where == "cuda" or job.device == "any"
 
 
 def resume_run(run: str, out: Path, *, strict: bool, as_json: bool) -> int:
@@ -122,7 +174,8 @@ def resume_run(run: str, out: Path, *, strict: bool, as_json: bool) -> int:
             registry.choose(what, names, known)
     except UsageError as error:
         raise DataError(f"{where}: cannot be resumed: {error}") from None
-    jobs, pinned = _plan(summary, known_backends)
+    planned, pinned = _plan(summary, known_backends)
+    jobs = planned.jobs
     refuse_changes(summary.get("pins"), pinned, where)
     if summary["device"] == "cuda" and detect_device() != "cuda":
         raise DataError(f"{where}: ran on a GPU, and torch sees none here")
@@ -151,23 +204,60 @@ def _refuse_strangers(kept: Sequence[Record], jobs: Sequence[Job], summary: dict
             raise DataError(f"{path}: record {record.id} ({record.who}, {record.case}) is none of this run's plan")
 
 
-def _plan(recipe: dict[str, Any], infos: dict[str, BackendInfo]) -> tuple[tuple[Job, ...], Pins]:
+def _plan(recipe: dict[str, Any], infos: dict[str, BackendInfo]) -> tuple[Limited, Pins]:
     """The jobs that a recipe means with what is installed now, and what they rest on."""
     known_suites, known_ops = registry.suites(), registry.ops()
     stated = _stated(ledgers())
     gone = [claim for claim in recipe["claims"] if claim not in stated]
     if gone:
         raise DataError(f"cannot be resumed, start a new run (claim {gone[0]} is in no ledger)")
-    jobs = plan(
-        [known_suites[n] for n in recipe["suites"]],
+    chosen = [known_suites[n] for n in recipe["suites"]]
+    compiled = {}
+    if any(suite.compiles for suite in chosen):
+        with_code = (infos[n] for n in recipe["backends"] if infos[n].configurations)
+        compiled = {i.name: listed(i.name, i.distribution, i.environment.get("compile", {})) for i in with_code}
+    books = ledgers()
+    everything = plan(
+        chosen,
         [infos[n] for n in recipe["backends"]],
         ops=recipe["ops"],
         effort=recipe["effort"],
         seed=recipe["seed"],
         claims=recipe["claims"],
+        compiled=compiled,
     )
+    planned = _limited(everything, recipe, infos, books)
     machine = environment.describe("cpu")
-    return jobs, pins(jobs, infos, known_ops, machine, lambda claim: stated_digest(stated[claim]))
+    return planned, pins(planned.jobs, infos, known_ops, machine, lambda claim: stated_digest(stated[claim]))
+
+
+def _limited(
+    jobs: Sequence[Job], recipe: dict[str, Any], infos: dict[str, BackendInfo], books: dict[str, Ledger]
+) -> Limited:
+    """The plan within its effort's limit of timed rows. Kernels are asked what they refuse only where it matters."""
+    where: Device = recipe["device"]
+    most = MOST_ROWS[recipe["effort"]]
+    rows = [job for job in jobs if job.kind == "time" and _timed_here(job, where)]
+    refused: set[tuple[str, str, str]] = set()
+    if most is not None and len(rows) > most:
+        from vbench.survey import ask_all
+
+        asked: dict[str, list[tuple[str, str, str]]] = {}
+        for job in rows:
+            asked.setdefault(job.backend, []).append((job.op, job.case, job.variant))
+        answers = ask_all([infos[name] for name in asked], where, lambda info: asked[info.name])
+        refused = {(backend, case, v) for (backend, _, case, v), a in answers.items() if a.kind != "ok"}
+    needs = [c.restated for book in books.values() for c in book.claims if c.restated and c.restated.kind == "time"]
+
+    def first(job: Job) -> bool:
+        return any(may_rest_on(restated, job.backend, job.variant, job.case) for restated in needs)
+
+    return within_limit(
+        jobs,
+        most,
+        lambda job: _timed_here(job, where) and (job.backend, job.case, job.variant) not in refused,
+        first,
+    )
 
 
 def _execute(
@@ -223,6 +313,7 @@ def _execute(
         where=str(store.path),
         elapsed_s=time.monotonic() - began,
         device=where,
+        postponed=int(summary.get("postponed", 0)),
     )
     print(screen)
     return code
@@ -337,11 +428,27 @@ def show_run(run: str, out: Path, failed: bool, case_hash: str | None, fmt: str)
     if failed or case_hash is not None:
         print(report.table(report.frame(records).drop(columns=["suite"]).dropna(axis="columns", how="all"), fmt))
         return 0
-    print(report.table(report.conformance(records), fmt))
-    if any(r.measurements for r in records):
-        print()
-        print(report.table(report.timings(records), fmt))
+    parts = [report.conformance(records)] if any(r.kind == "check" for r in records) else []
+    parts += [report.compiled(records)] if any(r.kind == "compile" for r in records) else []
+    parts += [report.timings(records)] if any(r.measurements for r in records) else []
+    print("\n\n".join(report.table(part, fmt) for part in parts) or "neither checks, compilations nor timings")
     return 0
+
+
+def matrix_command(device: str, as_json: bool) -> int:
+    """``vbench list --matrix``. Exit code 1 where a cell is neither taken nor refused by a typed rule."""
+    from vbench import survey
+
+    where = _device(device)
+    tables = survey.matrix(registry.ops(), list(registry.suites().values()), list(registry.backends().values()), where)
+    if as_json:
+        print(json.dumps({"device": where, "cells": survey.to_dict(tables)}, indent=1))
+    else:
+        print(survey.to_markdown(tables), end="")
+    holes = [cell for table in tables for cells in table.rows.values() for cell in cells if cell.kind == "hole"]
+    if holes:
+        print(f"vbench: {len(holes)} cells are holes: neither taken nor refused by Unsupported", file=sys.stderr)
+    return 1 if holes else 0
 
 
 def doctor_command(as_json: bool) -> int:

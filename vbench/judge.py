@@ -180,7 +180,7 @@ def exit_code(records: Sequence[Record], verdicts: Sequence[ClaimVerdict], *, st
                 notes.append(f"note: claim {verdict.claim} is {found.word}{here}, not reviewed yet")
     if bad:
         return 1, bad + notes
-    judged = any(r.kind in ("check", "time", "battery") and r.outcome not in _NOT_JUDGED for r in records)
+    judged = any(r.kind in ("check", "time", "battery", "compile") and r.outcome not in _NOT_JUDGED for r in records)
     if not judged and not any(v.decided for v in verdicts):
         return 3, ["nothing was judged: no check passed or failed, no claim was decided", *notes]
     if strict:
@@ -255,6 +255,21 @@ class _Cell:
     values: tuple[float, ...]
 
 
+def may_rest_on(restated: Restated, backend: str, variant: str, case_id: str) -> bool:
+    """Whether a record of this case on this kernel would be read for the claim, on whichever side."""
+    op, params = case_params(case_id)
+    name = f"{backend}[{variant}]" if variant else backend
+    if op != restated.op:
+        return False
+    for who in _sides(restated):
+        wanted: dict[str, tuple[str, ...]] = {"seed": ("0",), **restated.select}
+        if who == restated.over:
+            wanted |= {key: (value,) for key, value in restated.over_select.items()}
+        if who == name and all(params.get(key) in values for key, values in wanted.items()):
+            return True
+    return False
+
+
 class _Pool:
     """The records, indexed by what claims ask for."""
 
@@ -272,13 +287,18 @@ class _Pool:
     def select(self, restated: Restated, who: str) -> list[Record]:
         """Records of one side of the claim, on any hardware. Without a ``seed`` in ``select`` it is seed 0."""
         wanted: dict[str, tuple[str, ...]] = {"seed": ("0",), **restated.select}
+        op = restated.op
         if who == restated.over:
+            op = restated.over_op
             wanted |= {name: (value,) for name, value in restated.over_select.items()}
-        return [
-            record
-            for record in self._by.get((restated.kind, who, restated.op), [])
-            if all(case_params(record.case)[1].get(name) in values for name, values in wanted.items())
-        ]
+
+        def asked(case_id: str) -> bool:
+            params = case_params(case_id)[1]
+            # Another operation lacks some of the parameters that select names.
+            lacking = set(wanted) - set(params) - set(restated.over_select) if op != restated.op else set()
+            return all(params.get(name) in values for name, values in wanted.items() if name not in lacking)
+
+        return [record for record in self._by.get((restated.kind, who, op), []) if asked(record.case)]
 
     def stale(self, evidence: Iterable[Record]) -> bool:
         return any(is_stale(r, self.current_sources) for r in evidence)
@@ -446,7 +466,18 @@ def _cells(
 
 
 def _aligned(restated: Restated, who: str, case_id: str) -> str:
-    """The case of ``backend`` that a case of ``over`` is set against: the same but for ``over_select``."""
+    """The case of ``backend`` that a case of ``over`` is set against: the same but for ``over_select``.
+
+    Where ``over`` runs another operation, both sides are named by the parameters of ``backend``'s, in one order: what
+    only the other has goes, and what it lacks is as selected.
+    """
+    if restated.over_op != restated.op:
+        params = dict(case_params(case_id)[1])
+        if who == restated.over:
+            chosen = {k: v[0] for k, v in restated.select.items() if k not in params or k in restated.over_select}
+            params = {k: v for k, v in params.items() if k not in restated.over_select} | chosen
+        named = ",".join(f"{k}={v}" for k, v in sorted(params.items()) if (k, v) != ("seed", "0"))
+        return f"{restated.op}[{named}]"
     if who != restated.over or not restated.over_select:
         return case_id
     op, params = case_params(case_id)

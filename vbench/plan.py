@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from vbench.gate import Planned
 from vbench.record import Kind
 from vbench.registry import BackendInfo
 from vbench.spec import Case, Generated, Suite, resolve
@@ -14,7 +15,9 @@ Effort = Literal["quick", "standard", "full"]
 EFFORTS: tuple[Effort, ...] = ("quick", "standard", "full")
 
 #: Seconds a job may take before its worker is killed. The interpreter and the simulator are slow on a shared core.
-DEADLINE_S: Mapping[Kind, float] = {"probe": 120.0, "check": 60.0, "time": 180.0, "battery": 60.0, "arithmetic": 5.0}
+DEADLINE_S: Mapping[Kind, float] = {
+    "probe": 120.0, "check": 60.0, "time": 180.0, "battery": 60.0, "arithmetic": 5.0, "compile": 180.0,
+}  # fmt: skip
 
 #: Names of the harness's own executors in records; they take no entry point.
 BATTERY = "trivial_kernels"
@@ -23,7 +26,7 @@ ARITHMETIC = "arithmetic"
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One case on one backend: leaves exactly one Record."""
+    """One case on one backend: leaves exactly one Record. ``compiles``: by a worker in the place ``compile``."""
 
     kind: Kind
     suite: str
@@ -35,10 +38,27 @@ class Job:
     deadline_s: float
     source: str = ""
     device: Literal["cuda", "any"] = "any"
+    compiles: bool = False
 
     @property
     def key(self) -> tuple[str, str, str, str]:
         return self.kind, self.case, self.backend, self.variant
+
+
+def run_probe(info: BackendInfo) -> Job:
+    """Whether the backend can be used on the run's device."""
+    return Job("probe", "", f"probe[{info.name}]", "", info.name, "", info.role, DEADLINE_S["probe"])
+
+
+def compile_probe(info: BackendInfo) -> Job:
+    """Whether the backend's compiler can be used."""
+    case = f"probe[{info.name},place=compile]"
+    return Job("probe", "compile", case, "", info.name, "", info.role, DEADLINE_S["probe"], compiles=True)
+
+
+def is_compile(kind: str, case: str) -> bool:
+    """Whether a record's job ran in the place ``compile``."""
+    return kind == "compile" or (kind == "probe" and case.endswith(",place=compile]"))
 
 
 def draw(generated: Generated, count: int, seed: int) -> list[Case]:
@@ -83,13 +103,16 @@ def plan(
     seed: int,
     claims: Iterable[str] = (),
     timing: bool = True,
+    compiled: Mapping[str, Sequence[Planned]] | None = None,
 ) -> tuple[Job, ...]:
-    """Jobs ordered by backend, then kind (probe, check, time), then suite. Each (kind, case, backend, variant) once.
+    """Jobs ordered by backend, then kind (compile, probe, check, time), then suite. Each (kind, case, backend, variant)
+    once.
 
     Args:
         ops: operations to include.
         claims: ids of claims that arithmetic decides.
         timing: include timed cases.
+        compiled: backend -> its configurations, for suites that compile.
     """
     wanted = set(ops)
     jobs: dict[tuple[str, str, str, str], Job] = {}
@@ -107,10 +130,32 @@ def plan(
     for suite in suites:
         for case in checks[suite.name]:
             add(Job("battery", suite.name, case.id, case.op, BATTERY, "", "harness", DEADLINE_S["battery"]))
+    compilers = [s.name for s in suites if s.compiles]
+    runs = [s for s in suites if not s.compiles or s.checks or s.generated or s.benches]
     for info in backends:
-        add(Job("probe", "", f"probe[{info.name}]", "", info.name, "", info.role, DEADLINE_S["probe"]))
         if info.problem:
+            add(run_probe(info))
             continue
+        if compilers and info.configurations:
+            add(compile_probe(info))
+            for planned in (compiled or {})[info.name]:
+                if (planned.op in wanted or not planned.op) and EFFORTS.index(planned.effort) <= reach:
+                    add(
+                        Job(
+                            "compile",
+                            compilers[0],
+                            planned.case,
+                            planned.op,
+                            info.name,
+                            "",
+                            info.role,
+                            DEADLINE_S["compile"],
+                            compiles=True,
+                        )
+                    )
+        if not runs:
+            continue
+        add(run_probe(info))
         for suite in suites:
             for case in checks[suite.name]:
                 if case.op in info.ops:

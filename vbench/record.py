@@ -20,9 +20,10 @@ from vbench.errors import DataError
 SCHEMA = 1
 
 #: ``probe``: can the backend be used here. ``check``: value against oracle. ``time``: check, then timing.
-#: ``battery``: trivial kernels against the check. ``arithmetic``: a document's own figures.
-Kind = Literal["probe", "check", "time", "battery", "arithmetic"]
-KINDS: tuple[Kind, ...] = ("probe", "check", "time", "battery", "arithmetic")
+#: ``battery``: trivial kernels against the check. ``arithmetic``: a document's own figures. ``compile``: a kernel's
+#: configuration compiled ahead of time and its machine code read.
+Kind = Literal["probe", "check", "time", "battery", "arithmetic", "compile"]
+KINDS: tuple[Kind, ...] = ("probe", "check", "time", "battery", "arithmetic", "compile")
 
 Quantity = Literal["graph", "wall", "cold"]
 
@@ -179,7 +180,8 @@ class Record:
         error: for kinds check and time.
         measurements: only with PASSED, or for peers and subjects with a note in ``reason`` that the value was wrong.
         metrics: further figures by name (accuracy, bytes, hit rate), plain floats.
-        prepare_s: phase 1, seconds of set-up outside the clock (binding, packing, compiling ahead).
+        prepare_s: phase 1, seconds of set-up outside the clock (binding, packing, compiling ahead); for kind
+            ``compile``, of the compilation.
         first_launch_s: phase 2, the first launch, wall time until the device is idle; compiles what ``bind`` did not.
         steady_launch_s: phase 3, the second launch, measured like the first; see ``compile_s``.
         peak_bytes: device memory of one launch's outputs and scratch at its peak, allocator's count.

@@ -45,6 +45,7 @@ class BackendInfo:
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     timed: bool = True
+    configurations: str = ""
     problem: str = ""
     detail: str = ""
 
@@ -78,6 +79,9 @@ def describe_object(name: str, distribution: str, backend: Any) -> BackendInfo:
     for op, factory in dict(backend.ops).items():
         if not (isinstance(factory, str) and ":" in factory):
             return bad(f"ops[{op!r}] must be 'module:factory', not {factory!r}")
+    configurations = getattr(backend, "configurations", "")
+    if not isinstance(configurations, str) or (configurations and ":" not in configurations):
+        return bad(f"configurations must be 'module:function', not {configurations!r}")
     return BackendInfo(
         name=name,
         distribution=distribution,
@@ -87,6 +91,7 @@ def describe_object(name: str, distribution: str, backend: Any) -> BackendInfo:
         variants={op: tuple(v) for op, v in dict(backend.variants).items()},
         environment={d: dict(v) for d, v in dict(backend.environment).items()},
         timed=bool(getattr(backend, "timed", True)),
+        configurations=configurations,
     )
 
 

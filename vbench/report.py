@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LAST_SCREEN_LINES = 15
 
 #: Kinds of records that ``vbench repro`` takes.
-REPEATABLE = ("check", "time", "battery")
+REPEATABLE = ("check", "time", "battery", "compile")
 
 
 def si(value: float, unit: str) -> str:
@@ -86,6 +86,29 @@ def conformance(records: Sequence[Record]) -> DataFrame:
     return pd.DataFrame(rows, columns=["backend", "op", "passed", "other"])
 
 
+def compiled(records: Sequence[Record]) -> DataFrame:
+    """Backend x op x architecture: configurations compiled ahead of time, and the most that any of them takes.
+
+    ``spill_bytes`` is the largest local memory of a thread and ``allowed`` how many needed their declared allowance.
+    """
+    import pandas as pd
+
+    cells: dict[tuple[str, str, str], list[Record]] = {}
+    for r in records:
+        params = dict(part.partition("=")[::2] for part in r.case.partition("[")[2].rstrip("]").split(","))
+        if r.kind == "compile" and "arch" in params:
+            cells.setdefault((r.who, params["op"], params["arch"]), []).append(r)
+    rows = []
+    for (who, op, arch), found in sorted(cells.items()):
+        row: dict[str, Any] = {"backend": who, "op": op, "arch": arch, "configurations": len(found)}
+        row["passed"] = sum(r.outcome is Outcome.PASSED for r in found)
+        row["allowed"] = sum(r.reason == "spill_allowed" for r in found)
+        for name in ("registers", "spill_bytes", "shared_bytes"):
+            row[name] = int(max((r.metrics.get(name, 0.0) for r in found), default=0.0))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def timings(records: Sequence[Record]) -> DataFrame:
     """Timed cases x backend: median seconds per launch."""
     import pandas as pd
@@ -143,6 +166,7 @@ def last_screen(
     where: str,
     elapsed_s: float,
     device: str,
+    postponed: int = 0,
 ) -> str:
     """At most LAST_SCREEN_LINES lines: what happened, what it means, what to do next."""
     stated = Counter(v.stated.word for v in verdicts if v.stated is not None)
@@ -152,6 +176,8 @@ def last_screen(
     degenerate = int(sum(r.metrics.get("degenerate", 0) for r in battery))
     alive = sum(1 for r in battery if r.outcome is Outcome.WRONG_VALUE)
     missing = Counter(r.reason for r in records if r.outcome in (Outcome.UNAVAILABLE, Outcome.UNSUPPORTED))
+    if postponed:
+        missing["timed rows wait for --effort full"] = postponed
     failed = [r for r in records if r.role in ("own", "harness") and r.outcome not in EXCUSED]
     found = Counter(f"{r.who} {r.outcome.value}" for r in records if r.role == "subject" and r.outcome not in EXCUSED)
     worst = _worst(records)
@@ -168,6 +194,14 @@ def last_screen(
             f"worst     error/budget {w.worst_over_budget:.3g} in {w.output} by {worst.who} on {case_hash(worst.case)}"
         )
     lines.append(f"slowest   {_slowest_against_peer(records)}")
+    code_read = [r for r in records if r.kind == "compile"]
+    if code_read:
+        passed = sum(r.outcome is Outcome.PASSED for r in code_read)
+        allowed = [r.metrics["spill_bytes"] for r in code_read if r.reason == "spill_allowed"]
+        most = f", at most {max(allowed):.0f} B" if allowed else ""
+        lines.append(
+            f"compiled  {passed} of {len(code_read)} configurations pass, {len(allowed)} by a declared spill{most}"
+        )
     if found:
         lines.append(f"subjects  {', '.join(f'{n} x {what}' for what, n in found.most_common(4))}")
     for r in failed[:3]:

@@ -11,7 +11,7 @@ from typing import Any
 from vbench import spec
 from vbench.backend import Device
 from vbench.errors import UsageError
-from vbench.plan import BATTERY, DEADLINE_S, Job
+from vbench.plan import BATTERY, DEADLINE_S, Job, compile_probe, run_probe
 from vbench.record import EXCUSED, Outcome, Record
 from vbench.registry import BackendInfo
 from vbench.report import REPEATABLE
@@ -50,7 +50,17 @@ def select(records: Sequence[Record], case_hash: str, backends: Sequence[str]) -
 def jobs_of(records: Sequence[Record]) -> list[Job]:
     """The jobs that left these records."""
     return [
-        Job(r.kind, r.suite, r.case, r.case.partition("[")[0], r.backend, r.variant, r.role, DEADLINE_S[r.kind])
+        Job(
+            r.kind,
+            r.suite,
+            r.case,
+            r.case.partition("[")[0] if r.kind != "compile" else "",
+            r.backend,
+            r.variant,
+            r.role,
+            DEADLINE_S[r.kind],
+            compiles=r.kind == "compile",
+        )
         for r in records
     ]
 
@@ -68,8 +78,8 @@ def run(then: Sequence[Record], infos: Mapping[str, BackendInfo], device: Device
     if missing:
         raise UsageError(f"backend {missing[0]!r} of this run is not installed here")
     probes = [
-        Job("probe", "", f"probe[{name}]", "", name, "", infos[name].role, DEADLINE_S["probe"])
-        for name in dict.fromkeys(r.backend for r in then)
+        (compile_probe if compiles else run_probe)(infos[name])
+        for name, compiles in dict.fromkeys((r.backend, r.kind == "compile") for r in then)
         if name != BATTERY
     ]
     jobs = jobs_of(then)

@@ -16,7 +16,7 @@ from typing import Any
 from vbench.errors import DataError
 from vbench.plan import ARITHMETIC, BATTERY, Job
 from vbench.registry import BackendInfo
-from vbench.sources import job_digest
+from vbench.sources import digest, job_digest
 from vbench.spec import Op
 
 #: Section -> name -> digest or version.
@@ -61,6 +61,8 @@ def pins(
         plan.setdefault(job.suite or "probes", []).append(json.dumps(asdict(job), sort_keys=True))
         if job.backend == ARITHMETIC:
             sources[f"claim: {job.case}"] = claim_digest(job.case)
+        elif job.kind == "compile":
+            sources[f"{job.backend}: compile"] = digest((infos[job.backend].configurations.partition(":")[0],))
         elif job.op:
             op = ops[job.op]
             factory = op.oracle if job.backend == BATTERY else infos[job.backend].ops[job.op]

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from vbench import environment
-from vbench.backend import Device
+from vbench.backend import Device, Place
 from vbench.errors import DataError
-from vbench.plan import ARITHMETIC, BATTERY, DEADLINE_S, Job
+from vbench.plan import ARITHMETIC, BATTERY, DEADLINE_S, Job, is_compile
 from vbench.record import ErrorStats, Measurement, Outcome, Record
 from vbench.registry import OWN_DISTRIBUTION, BackendInfo, ops
 from vbench.store import Key, RunStore
@@ -48,11 +48,11 @@ class Failure:
 class WorkerProcess:
     """A worker, started on first use and again after it died."""
 
-    def __init__(self, info: BackendInfo | None, device: Device, log: Path, threads: int) -> None:
+    def __init__(self, info: BackendInfo | None, place: Place, log: Path, threads: int) -> None:
         self._name = BATTERY if info is None else info.name
         self._distribution = OWN_DISTRIBUTION if info is None else info.distribution
-        self._extra = {} if info is None else dict(info.environment.get(device, {}))
-        self._device = device
+        self._extra = {} if info is None else dict(info.environment.get(place, {}))
+        self._place = place
         self._log = log
         self._threads = threads
         self._process: subprocess.Popen[bytes] | None = None
@@ -62,7 +62,7 @@ class WorkerProcess:
         env = {**os.environ, **self._extra, "VBENCH_WORKER_THREADS": str(self._threads), "PYTHONUNBUFFERED": "1"}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "vbench.worker", self._name, self._distribution, self._device],
+                [sys.executable, "-m", "vbench.worker", self._name, self._distribution, self._place],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -172,11 +172,11 @@ class Run:
     starts: Mapping[Key, int] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
     _in_flight: set[Key] = field(default_factory=set)
-    _verified: set[str] = field(default_factory=set)
+    _verified: set[tuple[str, bool]] = field(default_factory=set)
     _stop: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _workers: set[WorkerProcess] = field(default_factory=set)
-    _probes: dict[str, Record] = field(default_factory=dict)
+    _probes: dict[tuple[str, bool], Record] = field(default_factory=dict)
     _hangs: Counter[tuple[str, str, str]] = field(default_factory=Counter)
 
     def execute(self) -> list[Record]:
@@ -187,20 +187,23 @@ class Run:
             DataError: the store refused a record, or this is not the machine that the kept records are from.
         """
         self.records = list(self.kept)
-        self._probes = {r.backend: r for r in self.kept if r.kind == "probe"}
+        self._probes = {(r.backend, is_compile(r.kind, r.case)): r for r in self.kept if r.kind == "probe"}
         self._hangs = Counter(_kernel(r) for r in self.kept if _hung(r))
         done = {(r.kind, r.case, r.backend, r.variant) for r in self.kept}
-        checks: dict[str, list[Job]] = {}
+        checks: dict[tuple[str, bool], list[Job]] = {}
         times: dict[str, list[Job]] = {}
         for job in self.jobs:
             if job.key in done:
                 continue
-            (times if job.kind == "time" else checks).setdefault(job.backend, []).append(job)
+            if job.kind == "time":
+                times.setdefault(job.backend, []).append(job)
+            else:
+                checks.setdefault((job.backend, job.compiles), []).append(job)
         try:
             with ThreadPoolExecutor(max_workers=self.parallel) as pool:
                 # Long lists first, so that no backend is left alone at the end.
                 ordered = sorted(checks.items(), key=lambda item: -len(item[1]))
-                futures = [pool.submit(self._backend, name, jobs) for name, jobs in ordered]
+                futures = [pool.submit(self._backend, name, jobs, compiles) for (name, compiles), jobs in ordered]
                 try:
                     for future in futures:
                         future.result()
@@ -229,11 +232,11 @@ class Run:
             for key in sorted(in_flight):
                 self.store.withdrawn(key)
 
-    def _backend(self, name: str, jobs: Iterable[Job]) -> None:
+    def _backend(self, name: str, jobs: Iterable[Job], compiles: bool = False) -> None:
         """All given jobs of one backend in one warm worker."""
         threads = max(1, (os.cpu_count() or 1) // self.parallel)
-        log = self.store.folder / f"{name.replace('/', '_')}.log"
-        worker = WorkerProcess(self.infos.get(name), self.device, log, threads)
+        log = self.store.folder / f"{name.replace('/', '_')}{'.compile' if compiles else ''}.log"
+        worker = WorkerProcess(self.infos.get(name), "compile" if compiles else self.device, log, threads)
         with self._lock:
             self._workers.add(worker)
         try:
@@ -246,12 +249,13 @@ class Run:
             with self._lock:
                 self._workers.discard(worker)
 
-    def _same_machine(self, worker: WorkerProcess, name: str) -> None:
+    def _same_machine(self, worker: WorkerProcess, name: str, compiles: bool) -> None:
         """A resumed backend must be usable as its kept probe says: records of one run share one environment."""
-        kept = next((r for r in self.kept if r.kind == "probe" and r.backend == name), None)
-        if kept is None or kept.outcome is not Outcome.PASSED or name in self._verified:
+        probes = (r for r in self.kept if r.kind == "probe" and r.backend == name)
+        kept = next((r for r in probes if is_compile(r.kind, r.case) == compiles), None)
+        if kept is None or kept.outcome is not Outcome.PASSED or (name, compiles) in self._verified:
             return
-        self._verified.add(name)
+        self._verified.add((name, compiles))
         answer = worker.ask({"kind": "probe"}, DEADLINE_S["probe"])
         if isinstance(answer, Failure):
             raise DataError(f"resume: backend {name} was usable and now its probe ends in {answer.reason}")
@@ -272,7 +276,7 @@ class Run:
             self._in_flight.discard((record.kind, record.case, record.backend, record.variant))
             self.records.append(record)
             if record.kind == "probe":
-                self._probes[record.backend] = record
+                self._probes[record.backend, is_compile(record.kind, record.case)] = record
             if _hung(record):
                 self._hangs[_kernel(record)] += 1
         self.on_record(record)
@@ -284,7 +288,7 @@ class Run:
         info = self.infos.get(job.backend)
         if info is not None and info.problem:
             return self._record(job, Outcome.UNAVAILABLE, info.problem, info.detail)
-        probe = self._probes.get(job.backend)
+        probe = self._probes.get((job.backend, job.compiles))
         if probe is not None and probe.outcome is not Outcome.PASSED:
             return self._record(job, probe.outcome, probe.reason, probe.detail)
         if job.kind == "time" and self.device != "cuda" and job.device == "cuda":
@@ -299,10 +303,10 @@ class Run:
                 f"begun {self.starts[job.key]} times, and each time the run was killed before it ended; not tried again"
             )
             return self._record(job, Outcome.CRASHED, "in_flight_when_killed", detail)
-        if self._hangs[job.backend, job.variant, job.op] >= MOST_HANGS and not _rejected(job):
+        if self._hangs[_kernel(job)] >= MOST_HANGS and not _rejected(job):
             detail = f"not started: {MOST_HANGS} other cases of {job.op} met their deadline in this run"
             return self._record(job, Outcome.TIMEOUT, "hung_before", detail)
-        self._same_machine(worker, job.backend)
+        self._same_machine(worker, job.backend, job.compiles)
         with self._lock:
             self._in_flight.add(job.key)
         self.store.started(job.key)
@@ -334,7 +338,7 @@ class Run:
     def _record(self, job: Job, outcome: Outcome, reason: str = "", detail: str = "", **rest: Any) -> Record:
         env = rest.pop("environment", None)
         if env is None:
-            probe = self._probes.get(job.backend)
+            probe = self._probes.get((job.backend, job.compiles))
             env = probe.environment if probe is not None and probe.environment else environment.describe("cpu")
         return Record(
             case=job.case,
@@ -366,9 +370,9 @@ def _hung(record: Record) -> bool:
     return record.outcome is Outcome.TIMEOUT and record.reason == "deadline"
 
 
-def _kernel(record: Record) -> tuple[str, str, str]:
-    """Backend, variant and op: what hangs together."""
-    return record.backend, record.variant, record.case.partition("[")[0]
+def _kernel(job: Job | Record) -> tuple[str, str, str]:
+    """Backend, variant and op (for a compilation, the op it serves): what hangs together."""
+    return job.backend, job.variant, job.case.partition("," if job.kind == "compile" else "[")[0]
 
 
 def _rejected(job: Job) -> bool:

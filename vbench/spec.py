@@ -39,6 +39,8 @@ class Param:
         doc: meaning and unit.
         choices: admitted values of a ``choice``.
         default: used when a case leaves it out; ``None`` makes it mandatory.
+        quiet: left out of the case id at its default. For a parameter an op gains later: the ids of earlier cases, the
+            draws seeded by them and the records under them stay what they were.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Param:
     doc: str
     choices: tuple[str, ...] = ()
     default: ParamValue | None = None
+    quiet: bool = False
 
     def validate(self, op: str, value: ParamValue) -> ParamValue:
         """Return ``value`` in canonical form or raise CaseError."""
@@ -67,11 +70,13 @@ class Case:
     """An op with every parameter fixed. Build it with ``Op.case`` so that values are validated.
 
     ``id`` is stable and readable; ``hash`` is the short form shown in reports and taken by ``vbench repro``.
+    ``unsaid`` names the quiet parameters at their default, which the id leaves out.
     """
 
     op: str
     params: tuple[tuple[str, ParamValue], ...]
     seed: int = 0
+    unsaid: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> ParamValue:
         for key, value in self.params:
@@ -95,7 +100,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        inner = [f"{k}={v}" for k, v in self.params]
+        inner = [f"{k}={v}" for k, v in self.params if k not in self.unsaid]
         if self.seed:
             inner.append(f"seed={self.seed}")
         return f"{self.op}[{','.join(inner)}]"
@@ -125,15 +130,24 @@ class Numerics:
 
     Args:
         accumulate: unit of the sums: ``fp64``, ``fp32`` (IEEE, any order), ``tensor_core`` (truncating adder),
-            ``tf32`` (operands rounded to 11 significant bits), ``fp16`` or ``bf16`` (sums rounded to that type).
+            ``tf32`` (operands rounded to 11 significant bits), ``fp16`` or ``bf16`` (sums rounded to that type), or
+            ``int32`` (exact sums of small integers).
         operand_roundings: for each extra rounding an operand suffers before the product, the dtype it is rounded to.
             Example: weights decoded to a product that does not fit bf16 and is rounded to it -> ``("bf16",)``.
-        probabilities: attention only: dtype the unnormalised softmax weights are rounded to before P@V.
+        probabilities: attention only: dtype the softmax weights are rounded to before P@V; in the backward also the
+            weights before P^T dO, and the score gradients before dS K and dS^T Q.
+        own_forward: attention backward only: takes softmax weights and output from a forward of its own, so that the
+            rounding of the given ``out`` and ``lse`` separates it from the oracle, which reads them.
+        stores: for each rounding that a result suffers on its way to the next step of the same op (the sum of a linear
+            layer before bias or activation reads it, the tensors between the layers of a block), the dtype.
+            Example: F.linear in bf16, then gelu -> ``("bf16",)``.
     """
 
     accumulate: str = "fp32"
     operand_roundings: tuple[str, ...] = ()
     probabilities: str = "fp32"
+    own_forward: bool = False
+    stores: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +187,10 @@ class Op:
         reject: returns (rule, message) for cases that have no meaning for any kernel, else ``None``; no torch.
         metrics: ``module:function(case, inputs, outputs, expected) -> dict[str, float]``: further figures.
         flops: floating-point operations of the mathematics (not of an implementation).
+        operands: narrowest operands an implementation may multiply; names the datasheet's rate for ``flops``.
         bytes: the fewest bytes that must cross device memory: each input read once, each output written once.
+        host_bytes: the fewest bytes that must come over the host's link; ``None`` for an op whose inputs lie on the
+            device.
     """
 
     name: str
@@ -185,7 +202,9 @@ class Op:
     reject: Callable[[Case], tuple[str, str] | None] = field(default=lambda case: None)
     metrics: str | None = None
     flops: Callable[[Case], int] | None = None
+    operands: Literal["16bit", "8bit"] = "16bit"
     bytes: Callable[[Case], int] | None = None
+    host_bytes: Callable[[Case], int] | None = None
 
     def case(self, *, seed: int = 0, **values: ParamValue) -> Case:
         """Build a validated case; parameters left out take their default.
@@ -197,13 +216,14 @@ class Op:
         for name in values:
             if name not in known:
                 raise CaseError(f"{self.name} has no parameter {name!r}; it has {', '.join(sorted(known))}")
-        filled: list[tuple[str, ParamValue]] = []
+        filled: dict[str, ParamValue] = {}
         for p in self.params:
             value = values.get(p.name, p.default)
             if value is None:
                 raise CaseError(f"{self.name}: parameter {p.name!r} is missing")
-            filled.append((p.name, p.validate(self.name, value)))
-        return Case(self.name, tuple(filled), seed)
+            filled[p.name] = p.validate(self.name, value)
+        unsaid = tuple(p.name for p in self.params if p.quiet and filled[p.name] == p.default)
+        return Case(self.name, tuple(filled.items()), seed, unsaid)
 
     def parse(self, case_id: str) -> Case:
         """The case whose ``id`` is ``case_id``.
@@ -259,13 +279,17 @@ class Generated:
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """Which cases to try. Fixed check cases are the ones no random draw may be trusted to hit."""
+    """Which cases to try. Fixed check cases are the ones no random draw may be trusted to hit.
+
+    ``compiles``: it also holds every configuration that the backends compile to (the ahead-of-time gate).
+    """
 
     name: str
     summary: str
     checks: tuple[Case, ...] = ()
     generated: tuple[Generated, ...] = ()
     benches: tuple[BenchCase, ...] = ()
+    compiles: bool = False
 
 
 def resolve(reference: str) -> Any:

@@ -1,6 +1,6 @@
 """The worker process: one backend, one job at a time, requests and results as JSON lines.
 
-``python -m vbench.worker NAME DISTRIBUTION DEVICE`` reads jobs from standard input. Results go to the descriptor that
+``python -m vbench.worker NAME DISTRIBUTION PLACE`` reads jobs from standard input. Results go to the descriptor that
 was standard output at start; after that, descriptors 1 and 2 both lead to the log, whatever a kernel prints.
 """
 
@@ -15,11 +15,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from vbench import check, environment, registry, sources, timing
-from vbench.backend import Device, Kernel
+from vbench import check, environment, gate, machine_code, registry, sources, timing
+from vbench.backend import Configuration, Device, Kernel, Place
 from vbench.errors import CaseError, Unsupported
 from vbench.monitor import Monitor, NoMonitor, open_monitor, peak_while
 from vbench.plan import BATTERY
@@ -31,7 +31,7 @@ from vbench.spec import Case, Expected, Numerics, Op, resolve
 TIMED_ROWS = 256
 
 #: Declared numerics an own kernel may have: nothing coarser than fp32 sums counts as correct.
-OWN_ACCUMULATE = ("fp32", "fp64", "tensor_core")
+OWN_ACCUMULATE = ("fp32", "fp64", "tensor_core", "int32")
 
 
 @dataclass(slots=True)
@@ -58,8 +58,9 @@ class Result:
 class Worker:
     """Holds the loaded backend and the device for the life of the process."""
 
-    def __init__(self, name: str, distribution: str, device: Device) -> None:
-        self.device: Device = device
+    def __init__(self, name: str, distribution: str, place: Place) -> None:
+        self.place: Place = place
+        self.device: Device = "cuda" if place == "cuda" else "cpu"
         self.ops = registry.ops()
         self.backend: Any = None
         self.info: registry.BackendInfo | None = None
@@ -69,20 +70,26 @@ class Worker:
                 raise SystemExit(f"{self.info.problem}: {self.info.detail}")
         self._available: Any = None
         self._monitor: Monitor | NoMonitor | None = None
+        self._configurations: dict[str, Configuration] | None = None
 
     # -- set-up of a job ---------------------------------------------------------------------------------------------
 
     def availability(self) -> Any:
         """The backend's own word, asked once."""
         if self._available is None:
-            self._available = self.backend.probe(self.device)
+            self._available = self.backend.probe(self.place)
         return self._available
 
     def probe(self) -> Result:
         available = self.availability()
-        env = {**environment.describe(self.device), **dict(available.versions)} if available.usable else {}
         if not available.usable:
             return Result(Outcome.UNAVAILABLE, "not_usable", available.reason)
+        env = {**environment.describe(self.device), **dict(available.versions)}
+        if self.place == "compile":
+            if machine_code.find_cuobjdump() is None:
+                detail = "no cuobjdump to read machine code with: pip install 'vbench-kernels[triton]'"
+                return Result(Outcome.UNAVAILABLE, "not_usable", detail)
+            env["ptxas"] = environment.ptxas_version()
         return Result(Outcome.PASSED, available.mode, available.reason, environment=env)
 
     def _case(self, op_name: str, case_id: str) -> tuple[Op, Case]:
@@ -93,6 +100,8 @@ class Worker:
         kind = request["kind"]
         if kind == "probe":
             return self.probe()
+        if kind == "compile":
+            return self.compile(request["case"])
         op, case = self._case(request["op"], request["case"])
         rejected = op.reject(case)
         if rejected is not None:
@@ -112,11 +121,35 @@ class Worker:
 
     # -- kinds -------------------------------------------------------------------------------------------------------
 
+    def compile(self, case_id: str) -> Result:
+        """Compile one configuration ahead of time, read its machine code and judge it."""
+        if self._configurations is None:
+            # What this raises belongs to every job of the backend, the one that stands for all of them too.
+            self._configurations = gate.in_order(list(resolve(self.backend.configurations)()))
+        digest = sources.digest((self.backend.configurations.partition(":")[0],))
+        configuration = self._configurations.get(case_id)
+        if configuration is None:
+            detail = f"the backend lists no such configuration now; it lists {len(self._configurations)}"
+            return Result(Outcome.INVALID, "unlisted_configuration", detail, sources=digest)
+        began = time.perf_counter()
+        try:
+            cubin = configuration.compile()
+        except (Unsupported, MemoryError):
+            raise
+        except Exception as error:
+            detail = "".join(traceback.format_exception(error))[-2000:]
+            return Result(Outcome.COMPILE_ERROR, type(error).__name__, detail, sources=digest)
+        prepare_s = time.perf_counter() - began
+        judged = gate.judge(configuration, cubin, machine_code.read(cubin.code, configuration.arch))
+        return Result(
+            judged.outcome, judged.reason, judged.detail, metrics=judged.metrics, prepare_s=prepare_s, sources=digest
+        )
+
     def battery(self, op: Op, case: Case) -> Result:
         """The trivial kernels must fail this case's comparison, with the widest budget an own kernel may claim."""
         widest = Numerics("tensor_core", ("bf16",), "bf16")
         inputs, expected = self._expected(op, case, widest, None)
-        other = Case(case.op, case.params, case.seed + 1)
+        other = replace(case, seed=case.seed + 1)
         _, previous = self._expected(op, other, widest, None)
         survivors, excused = check.trivial_survivors(inputs, expected, previous)
         caught = len(check.TRIVIAL_KERNELS) - len(survivors) - len(excused)
@@ -208,7 +241,8 @@ class Worker:
 
             moved = op.bytes(case) if op.bytes else 0
             work = op.flops(case) if op.flops else 0
-            floor = floor_s(torch.cuda.get_device_name(0), moved, work)
+            fetched = op.host_bytes(case) if op.host_bytes else 0
+            floor = floor_s(torch.cuda.get_device_name(0), moved, work, fetched, op.operands)
             fastest = min(taken, key=lambda m: min(m.samples_s))
             least_s = min(fastest.samples_s)
             if least_s < floor:
@@ -239,7 +273,7 @@ class Worker:
         copies = timing.copies_needed(size + outputs_size, l2, free_bytes)
         bound = []
         for _ in range(copies):
-            some = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+            some = {k: check.copied(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
             out = check.poisoned(expected, self.device)
             bound.append((some, out, kernel.bind(some, out)))
         measured = timing.time_graph([b[2] for b in bound], copies * (size + outputs_size), self.monitor())
@@ -364,7 +398,7 @@ def _die_with_parent() -> None:
 
 
 def main(argv: list[str]) -> int:
-    name, distribution, device = argv
+    name, distribution, place = argv
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
     _die_with_parent()
@@ -372,9 +406,10 @@ def main(argv: list[str]) -> int:
     # Imported before the first job, so that no job's deadline pays for it.
     import torch
 
-    if device == "cpu":
+    if place != "cuda":
         torch.set_num_threads(int(os.environ.get("VBENCH_WORKER_THREADS", "1")))
-    worker = Worker(name, distribution, "cuda" if device == "cuda" else "cpu")
+    places: dict[str, Place] = {"cpu": "cpu", "cuda": "cuda", "compile": "compile"}
+    worker = Worker(name, distribution, places[place])
     answers.write(json.dumps({"ready": True}) + "\n")
     for line in sys.stdin:
         request = json.loads(line)

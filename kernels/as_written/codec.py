@@ -117,14 +117,14 @@ class Dequantize:
 
 
 def make_quantize(case: Case, variant: str, device: Device) -> Kernel:
-    """Raises Unsupported (``not_in_document``) for nvfp4."""
+    """Raises Unsupported (``not_in_document``) for any format but absmax7."""
     require_single_variant(variant)
     require_document_format(case.text("fmt"))
     return Quantize(case.text("fmt"))
 
 
 def make_dequantize(case: Case, variant: str, device: Device) -> Kernel:
-    """Raises Unsupported (``not_in_document``) for nvfp4."""
+    """Raises Unsupported (``not_in_document``) for any format but absmax7."""
     require_single_variant(variant)
     require_document_format(case.text("fmt"))
     return Dequantize(case.text("fmt"), getattr(torch, TORCH_DTYPE_NAMES[case.text("y")]))

@@ -53,7 +53,7 @@ class Linear:
 
 
 def make(case: Case, variant: str, device: Device) -> Kernel:
-    """Raises Unsupported (``not_in_document``) for nvfp4.
+    """Raises Unsupported (``not_in_document``) for any format but absmax7.
 
     Numerics: decoding rounds to float32 and to x's dtype, and each eager step before the last stores a rounded y.
     """

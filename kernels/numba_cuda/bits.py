@@ -21,6 +21,16 @@ HALF = np.float32(0.5)
 #: 2^23: one unit in its last place is 1, so its low bits hold a small integer as a float32 would.
 TWO_POW_23_BITS = 0x4B000000
 TWO_POW_23_PLUS_8 = np.float32(2.0**23 + 8)
+#: NormalFloat4 by code (QLoRA, arXiv 2305.14314, appendix E), as bitsandbytes prints it; exact in float32.
+NF4 = tuple(
+    np.float32(value)
+    for value in (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    )
+)
 
 
 @device_function
@@ -66,6 +76,24 @@ def decode_e4m3(byte: Any) -> Any:
     if rest < np.uint32(8):
         return float_of(sign | bits_of(np.float32(rest) * TWO_POW_M9))
     return float_of(sign | np.uint32((rest << np.uint32(20)) + np.uint32(120 << 23)))
+
+
+@device_function
+def decode_e8m0(byte: Any) -> Any:
+    """E8M0 byte b -> float32 2^(b - 127), the subnormal 2^-127 for 0, NaN for 255 (OCP Microscaling v1.0, 5.4.1)."""
+    wide = np.uint32(byte)
+    if wide == np.uint32(0):
+        return float_of(np.uint32(0x00400000))
+    if wide == np.uint32(255):
+        return float_of(np.uint32(0x7FC00000))
+    return float_of(wide << np.uint32(23))
+
+
+@device_function
+def encode_e8m0(absmax: Any, rounding: Any) -> Any:
+    """float32 block maximum >= 0 -> E8M0 byte of its mxfp4 scale; ``rounding``: see formats.MXFP4_ROUNDING."""
+    exponent = np.uint32(bits_of(absmax) + np.uint32(rounding)) >> np.uint32(23)
+    return np.uint8(exponent - np.uint32(2)) if exponent > np.uint32(2) else np.uint8(0)
 
 
 @device_function
@@ -117,6 +145,27 @@ def decode_e2m1(code: Any) -> Any:
     sign = np.uint32((wide & np.uint32(8)) << np.uint32(28))
     rest = np.uint32((wide & np.uint32(7)) << np.uint32(22))
     return float_of(sign | rest) * TWO_POW_126
+
+
+@device_function
+def _pick(bit: Any, clear: Any, set_: Any) -> Any:
+    return set_ if bit else clear
+
+
+@device_function
+def decode_nf4(code: Any) -> Any:
+    """NF4 code 0..15 -> float32: a tree of selects. A table would have to sit in shared memory, or be fetched from
+    constant memory once for each distinct code of a warp."""
+    wide = np.uint32(code)
+    b0 = np.uint32(wide & np.uint32(1)) != np.uint32(0)
+    b1 = np.uint32(wide & np.uint32(2)) != np.uint32(0)
+    b2 = np.uint32(wide & np.uint32(4)) != np.uint32(0)
+    b3 = np.uint32(wide & np.uint32(8)) != np.uint32(0)
+    v0 = _pick(b1, _pick(b0, NF4[0], NF4[1]), _pick(b0, NF4[2], NF4[3]))
+    v1 = _pick(b1, _pick(b0, NF4[4], NF4[5]), _pick(b0, NF4[6], NF4[7]))
+    v2 = _pick(b1, _pick(b0, NF4[8], NF4[9]), _pick(b0, NF4[10], NF4[11]))
+    v3 = _pick(b1, _pick(b0, NF4[12], NF4[13]), _pick(b0, NF4[14], NF4[15]))
+    return _pick(b3, _pick(b2, v0, v1), _pick(b2, v2, v3))
 
 
 @device_function
@@ -180,6 +229,15 @@ def load_scale_e4m3(array: Any, index: Any) -> Any:
     return decode_e4m3(array[np.uint64(index)])
 
 
+@device_function
+def load_scale_e8m0(array: Any, index: Any) -> Any:
+    """E8M0 scale held as uint8, as float32."""
+    return decode_e8m0(array[np.uint64(index)])
+
+
+#: element type of a format -> value of a code; scale type -> load of a scale
+VALUE_OF = {"int4": decode_int4, "e2m1": decode_e2m1, "nf4": decode_nf4}
+LOAD_SCALE = {"fp32": load_fp32, "e4m3": load_scale_e4m3, "e8m0": load_scale_e8m0}
 LOAD = {"bf16": load_bf16, "fp16": load_fp16, "fp32": load_fp32}
 STORE = {"bf16": store_bf16, "fp16": store_fp16, "fp32": store_fp32}
 STORE_PAIR = {"bf16": store_pair_bf16, "fp16": store_pair_fp16, "fp32": store_pair_fp32}

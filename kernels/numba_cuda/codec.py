@@ -15,7 +15,8 @@ from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics
 EXACT = Numerics(accumulate="fp32")
 
 
-def _blocks(items: int, threads: int) -> int:
+def blocks_of(items: int, threads: int) -> int:
+    """Blocks that give each item a thread. Raises Unsupported: ``too_large`` for a grid."""
     blocks = -(-items // threads)
     if blocks > MAX_GRID_X:
         raise Unsupported("too_large", f"{items} work items need more than {MAX_GRID_X} blocks")
@@ -27,6 +28,7 @@ class QuantizeKernel:
     """w [n, k] bf16, fp16 or fp32 -> codes u8 [n, k/2], scale, global_scale float32 [1]; bitwise the op's encoder."""
 
     fmt: Format
+    encoding: str
     dtype: str
     n: int
     k: int
@@ -52,30 +54,26 @@ class QuantizeKernel:
         w = tensor(inputs, "w", TORCH_DTYPE_NAMES[dtype], (n, k), self.device, align=2 if dtype != "fp32" else 4)
         if not bool(torch.isfinite(w).all()):
             raise Unsupported("nonfinite_weight", "the weight holds NaN or Inf and FP4 has no code for them")
-        scale_dtype, scale_held = ("float8_e4m3fn", "uint8") if fmt.e4m3_scale else ("float32", "float32")
         codes = array(tensor(out, "codes", "uint8", (n, k // 2), self.device), "uint8")
-        scale = array(
-            tensor(out, "scale", scale_dtype, fmt.scale_shape(n, k), self.device, align=1 if fmt.e4m3_scale else 4),
-            scale_held,
-        )
+        scale = scale_array(fmt, out, n, k, self.device)
         global_scale = array(tensor(out, "global_scale", "float32", (1,), self.device, align=4), "float32")
         values = array(w, HELD_AS[dtype])
         steps = []
-        if fmt.scaling == "tensor" or fmt.e4m3_scale:
-            blocks = min(_blocks(n * k, programs.THREADS), programs.MAX_PARTIALS)
+        if fmt.scaling == "tensor" or fmt.scale == "e4m3":
+            blocks = min(blocks_of(n * k, programs.THREADS), programs.MAX_PARTIALS)
             partials = array(torch.empty(blocks, dtype=torch.float32, device=w.device), "float32")
             steps.append(Step(programs.absmax_partials(dtype), (blocks, 1), (values, partials, n * k)))
             steps.append(Step(programs.finish_tensor(fmt.name), (1, 1), (partials, scale, global_scale, blocks)))
         if fmt.scaling == "tensor":
-            grid = (_blocks(n * k // 2, programs.THREADS), 1)
+            grid = (blocks_of(n * k // 2, programs.THREADS), 1)
             steps.append(Step(programs.encode_tensor(dtype), grid, (values, codes, scale, n * k // 2)))
         elif fmt.scaling == "row":
             steps.append(Step(programs.encode_row(dtype), (n, 1), (values, codes, scale, global_scale, k)))
         else:
             groups = n * k // fmt.group
-            grid = (_blocks(groups * programs.group_lanes(fmt), programs.THREADS), 1)
-            step = Step(programs.encode_group(fmt.name, dtype), grid, (values, codes, scale, global_scale, groups))
-            steps.append(step)
+            grid = (blocks_of(groups * programs.group_lanes(fmt), programs.THREADS), 1)
+            program = programs.encode_group(self.encoding, dtype)
+            steps.append(Step(program, grid, (values, codes, scale, global_scale, groups)))
         return make_launch(steps)
 
 
@@ -116,7 +114,7 @@ class DequantizeKernel:
 def packed_arrays(
     fmt: Format, inputs: Mapping[str, Any], n: int, k: int, device: Device, codes_held: str = "uint8"
 ) -> tuple[Any, Any, Any]:
-    """The packed weight as arrays: codes (as ``codes_held``), scale (float32, or E4M3 as uint8), global scale.
+    """The packed weight as arrays: codes (as ``codes_held``), scale (float32, or bytes as uint8), global scale.
 
     Raises:
         Unsupported: see ``program.tensor``.
@@ -124,13 +122,20 @@ def packed_arrays(
     from vbench.kernels.numba_cuda.program import array, tensor
 
     codes = tensor(inputs, "codes", "uint8", (n, k // 2), device)
-    shape = fmt.scale_shape(n, k)
-    if fmt.e4m3_scale:
-        scale = array(tensor(inputs, "scale", "float8_e4m3fn", shape, device), "uint8")
-    else:
-        scale = array(tensor(inputs, "scale", "float32", shape, device, align=4), "float32")
     global_scale = array(tensor(inputs, "global_scale", "float32", (1,), device, align=4), "float32")
-    return array(codes, codes_held), scale, global_scale
+    return array(codes, codes_held), scale_array(fmt, inputs, n, k, device), global_scale
+
+
+def scale_array(fmt: Format, tensors: Mapping[str, Any], n: int, k: int, device: Device) -> Any:
+    """The tensor ``scale`` of an n x k weight as an array of ``fmt.scale_held``.
+
+    Raises:
+        Unsupported: see ``program.tensor``.
+    """
+    from vbench.kernels.numba_cuda.program import array, tensor
+
+    align = 4 if fmt.scale_held == "float32" else 1
+    return array(tensor(tensors, "scale", fmt.scale_torch, fmt.scale_shape(n, k), device, align), fmt.scale_held)
 
 
 def dtype_of(case: Case, parameter: str) -> str:
@@ -145,7 +150,7 @@ def quantize(case: Case, variant: str, device: Device) -> Kernel:
     """KernelFactory of ``fp4_quantize``. Raises Unsupported as ``formats.format_of`` and ``require_simulable`` do."""
     fmt = format_of(case)
     require_simulable(case, device)
-    return QuantizeKernel(fmt, dtype_of(case, "w"), case.axis("n"), case.axis("k"), device)
+    return QuantizeKernel(fmt, case.text("fmt"), dtype_of(case, "w"), case.axis("n"), case.axis("k"), device)
 
 
 def dequantize(case: Case, variant: str, device: Device) -> Kernel:

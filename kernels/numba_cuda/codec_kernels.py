@@ -6,6 +6,7 @@ Device functions that use ``cuda`` sit here, in the module of their kernels (see
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from vbench.kernels.numba_cuda import bits
 from vbench.kernels.numba_cuda.bits import bits_of
 from vbench.kernels.numba_cuda.dialect import SIMULATED, cuda, device_function
-from vbench.kernels.numba_cuda.formats import FORMATS, Format
+from vbench.kernels.numba_cuda.formats import FORMATS, MXFP4_ROUNDING, Format
 from vbench.kernels.numba_cuda.program import Program
 
 #: Threads a block. The simulator runs each as an operating-system thread, so few of them there.
@@ -33,6 +34,8 @@ MIN_NORMAL = np.float32(2.0**-126)
 ROUNDER = np.float32(12582912)
 #: Bits of ROUNDER, less the 8 that absmax7 adds to a code.
 ROUNDER_BITS_M8 = 0x4B400000 - 8
+#: Midpoints of neighbouring NF4 values, rounded to float32 as bitsandbytes has them.
+NF4_THRESHOLDS = tuple(np.float32((float(low) + float(high)) / 2) for low, high in pairwise(bits.NF4))
 
 
 @device_function
@@ -71,10 +74,32 @@ def encode_e2m1(value: Any, scale: Any) -> Any:
 
 
 @device_function
+def _above(value: Any, threshold: Any) -> Any:
+    return np.uint32(1) if value > threshold else np.uint32(0)
+
+
+@device_function
+def encode_nf4(value: Any, scale: Any) -> Any:
+    """Number of NF4_THRESHOLDS strictly below value / scale as uint32: the nearest value's code, ties down."""
+    q = np.float32(value) / np.float32(scale)
+    t = NF4_THRESHOLDS
+    code = _above(q, t[0]) + _above(q, t[1]) + _above(q, t[2]) + _above(q, t[3]) + _above(q, t[4])
+    code += _above(q, t[5]) + _above(q, t[6]) + _above(q, t[7]) + _above(q, t[8]) + _above(q, t[9])
+    code += _above(q, t[10]) + _above(q, t[11]) + _above(q, t[12]) + _above(q, t[13]) + _above(q, t[14])
+    return np.uint32(code)
+
+
+@device_function
 def absmax7_scale(absmax: Any) -> Any:
     """max(absmax / 7, 2^-126) in IEEE float32 division."""
     scale = np.float32(absmax) / SEVEN
     return scale if scale > MIN_NORMAL else MIN_NORMAL
+
+
+@device_function
+def nf4_scale(absmax: Any) -> Any:
+    """max(absmax, 2^-126)."""
+    return larger(np.float32(absmax), MIN_NORMAL)
 
 
 @device_function
@@ -164,7 +189,8 @@ def absmax_partials(dtype: str) -> Program:
 @cache
 def finish_tensor(name: str) -> Program:
     """(partials, scale, global_scale, count), one block: tensor-wide scale (absmax7_tensor) or global scale (nvfp4)."""
-    nvfp4 = FORMATS[name].e4m3_scale
+    fmt = FORMATS[name]
+    nvfp4 = fmt.scale == "e4m3"
 
     def kernel(partials: Any, scale: Any, global_scale: Any, count: int) -> None:
         buffer = cuda.shared.array(THREADS, np.float32)
@@ -181,8 +207,8 @@ def finish_tensor(name: str) -> Program:
                 scale[0] = absmax7_scale(largest)
                 global_scale[0] = ONE
 
-    scale_type = "uint8[::1]" if nvfp4 else "float32[::1]"
-    return Program(f"finish_tensor_{name}", kernel, ("float32[::1]", scale_type, "float32[::1]", "int64"), THREADS)
+    arguments = ("float32[::1]", f"{fmt.scale_held}[::1]", "float32[::1]", "int64")
+    return Program(f"finish_tensor_{name}", kernel, arguments, THREADS)
 
 
 @cache
@@ -234,21 +260,26 @@ def encode_row(dtype: str) -> Program:
 
 
 def group_lanes(fmt: Format) -> int:
-    """Neighbouring threads that share a group in ``encode_group``: a pair each (nvfp4) or two pairs each (g128)."""
+    """Neighbouring threads that share a group in ``encode_group``: a pair each, or two pairs each (g128)."""
     return 4 if SIMULATED else min(fmt.group // 2, 32)
 
 
 @cache
-def encode_group(name: str, dtype: str) -> Program:
+def encode_group(encoding: str, dtype: str) -> Program:
     """(w, codes, scale, global_scale, groups): a scale a group; some lanes of a warp a group.
 
-    absmax7 writes global_scale = 1; nvfp4 reads the global scale that ``finish_tensor`` left there.
+    nvfp4 reads the global scale that ``finish_tensor`` left there; the others write global_scale = 1.
+
+    Args:
+        encoding: a format with scaling ``group``, or one of MXFP4_ROUNDING.
     """
-    fmt = FORMATS[name]
-    nvfp4, group, lanes = fmt.e4m3_scale, fmt.group, group_lanes(fmt)
+    fmt = FORMATS["mxfp4" if encoding in MXFP4_ROUNDING else encoding]
+    nvfp4, mxfp4, lanes = fmt.scale == "e4m3", fmt.scale == "e8m0", group_lanes(fmt)
+    rounding = MXFP4_ROUNDING.get(encoding, 0)
     load, lane_max = bits.LOAD[dtype], _make_lane_max(lanes)
-    encode = encode_e2m1 if fmt.e2m1 else encode_int4
-    half = group // 2
+    encode = {"int4": encode_int4, "e2m1": encode_e2m1, "nf4": encode_nf4}[fmt.element]
+    float_scale = nf4_scale if fmt.element == "nf4" else absmax7_scale
+    half = fmt.group // 2
     scratch = THREADS if SIMULATED else 1
 
     def kernel(w: Any, codes: Any, scale: Any, global_scale: Any, groups: int) -> None:
@@ -270,21 +301,25 @@ def encode_group(name: str, dtype: str) -> Program:
                 if lane == 0:
                     scale[g] = byte
                 s = bits.decode_e4m3(byte) * global_scale[0]
+            elif mxfp4:
+                byte = bits.encode_e8m0(largest, rounding)
+                if lane == 0:
+                    scale[g] = byte
+                s = bits.decode_e8m0(byte)
             else:
-                s = absmax7_scale(largest)
+                s = float_scale(largest)
                 if lane == 0:
                     scale[g] = s
-                if thread == 0:
-                    global_scale[0] = ONE
+            if thread == 0 and not nvfp4:
+                global_scale[0] = ONE
             for step in range(half // lanes):
                 pair = g * half + step * lanes + lane
                 low = encode(load(w, 2 * pair), s)
                 high = encode(load(w, 2 * pair + 1), s)
                 codes[np.uint64(pair)] = np.uint8(low | np.uint32(high << np.uint32(4)))
 
-    scale_type = "uint8[::1]" if nvfp4 else "float32[::1]"
-    arguments = (f"{bits.HELD_AS[dtype]}[::1]", "uint8[::1]", scale_type, "float32[::1]", "int64")
-    return Program(f"encode_group_{name}_{dtype}", kernel, arguments, THREADS)
+    arguments = (f"{bits.HELD_AS[dtype]}[::1]", "uint8[::1]", f"{fmt.scale_held}[::1]", "float32[::1]", "int64")
+    return Program(f"encode_group_{encoding}_{dtype}", kernel, arguments, THREADS)
 
 
 @cache
@@ -292,10 +327,9 @@ def decode(name: str, dtype: str) -> Program:
     """(codes, scale, global_scale, weight, k): table value x scale (x global scale) in float32, rounded once; a block
     a row, so that finding the scale of a row needs no division."""
     fmt = FORMATS[name]
-    value_of = bits.decode_e2m1 if fmt.e2m1 else bits.decode_int4
+    value_of, load_scale = bits.VALUE_OF[fmt.element], bits.LOAD_SCALE[fmt.scale]
     store_pair = bits.STORE_PAIR[dtype]
-    load_scale = bits.load_scale_e4m3 if fmt.e4m3_scale else bits.load_fp32
-    nvfp4, whole_tensor, whole_row = fmt.e4m3_scale, fmt.scaling == "tensor", fmt.scaling == "row"
+    nvfp4, whole_tensor, whole_row = fmt.scale == "e4m3", fmt.scaling == "tensor", fmt.scaling == "row"
     half_group = max(1, fmt.group // 2)
 
     def kernel(codes: Any, scale: Any, global_scale: Any, weight: Any, k: int) -> None:
@@ -319,6 +353,5 @@ def decode(name: str, dtype: str) -> Program:
             store_pair(weight, pair, low, high)
             i += THREADS
 
-    scale_type = "uint8[::1]" if nvfp4 else "float32[::1]"
-    arguments = ("uint8[::1]", scale_type, "float32[::1]", f"{bits.PAIR_HELD_AS[dtype]}[::1]", "int64")
+    arguments = ("uint8[::1]", f"{fmt.scale_held}[::1]", "float32[::1]", f"{bits.PAIR_HELD_AS[dtype]}[::1]", "int64")
     return Program(f"decode_{name}_{dtype}", kernel, arguments, THREADS)

@@ -1,4 +1,4 @@
-"""Facts of the four 4-bit formats that kernels need (meaning: the op definitions). Imports neither torch nor numba."""
+"""Facts of the 4-bit formats that kernels need (meaning: the op definitions). Imports neither torch nor numba."""
 
 from __future__ import annotations
 
@@ -16,17 +16,27 @@ class Format:
 
     Args:
         name: as in case ids.
-        e2m1: codes are E2M1 (else integers, code - 8).
+        element: what a code stands for: ``int4`` (code - 8), ``e2m1`` or ``nf4`` (an entry of QLoRA's table).
         scaling: what shares a scale: ``tensor``, ``row`` (of K) or ``group``.
         group: elements along K sharing a scale, for scaling ``group``.
-        e4m3_scale: scales are E4M3 bytes under one float32 global scale (else float32, global scale 1).
+        scale: ``fp32``, ``e4m3`` (under one float32 global scale, which is 1 elsewhere) or ``e8m0``.
     """
 
     name: str
-    e2m1: bool
+    element: Literal["int4", "e2m1", "nf4"]
     scaling: Literal["tensor", "row", "group"]
     group: int
-    e4m3_scale: bool
+    scale: Literal["fp32", "e4m3", "e8m0"]
+
+    @property
+    def scale_torch(self) -> str:
+        """torch's name of the scale's dtype."""
+        return {"fp32": "float32", "e4m3": "float8_e4m3fn", "e8m0": "uint8"}[self.scale]
+
+    @property
+    def scale_held(self) -> str:
+        """numpy's name of the array element scales are held as; its size is the alignment they need."""
+        return "float32" if self.scale == "fp32" else "uint8"
 
     def scale_shape(self, n: int, k: int) -> tuple[int, ...]:
         """Shape of the scales of an n x k weight."""
@@ -38,12 +48,18 @@ class Format:
 FORMATS = {
     f.name: f
     for f in (
-        Format("absmax7_tensor", False, "tensor", 0, False),
-        Format("absmax7_row", False, "row", 0, False),
-        Format("absmax7_g128", False, "group", 128, False),
-        Format("nvfp4", True, "group", 16, True),
+        Format("absmax7_tensor", "int4", "tensor", 0, "fp32"),
+        Format("absmax7_row", "int4", "row", 0, "fp32"),
+        Format("absmax7_g128", "int4", "group", 128, "fp32"),
+        Format("nvfp4", "e2m1", "group", 16, "e4m3"),
+        Format("mxfp4", "e2m1", "group", 32, "e8m0"),
+        Format("nf4", "nf4", "group", 64, "fp32"),
     )
 }
+
+#: Encoders of mxfp4 by the rule for a block's scale: what is added to the bits of its absmax before the exponent is
+#: taken. ``mxfp4``: OCP's floor; even: up from a significand of 1.75; rceil: from above 1.5; ceil: from above 1.
+MXFP4_ROUNDING = {"mxfp4": 0, "mxfp4_even": 1 << 21, "mxfp4_rceil": (1 << 22) - 1, "mxfp4_ceil": (1 << 23) - 1}
 
 #: Largest block count along y of a CUDA grid.
 MAX_GRID_Y = 65535
@@ -52,15 +68,16 @@ MAX_GRID_X = 2**31 - 1
 
 
 def format_of(case: Case) -> Format:
-    """The case's format, after checking that its n x k weight can exist in it.
+    """The format that the case's weight is in, or is encoded to, after checking that n x k can exist in it.
 
     Raises:
         Unsupported: unknown format, a zero size, odd k, k no multiple of the group, or too many rows for a grid.
     """
     name, n, k = case.text("fmt"), case.axis("n"), case.axis("k")
-    fmt = FORMATS.get(name)
+    fmt = FORMATS.get("mxfp4" if name in MXFP4_ROUNDING else name)
     if fmt is None:
-        raise Unsupported("format", f"fmt={name}: these kernels know {', '.join(FORMATS)}")
+        known = ", ".join(dict.fromkeys((*FORMATS, *MXFP4_ROUNDING)))
+        raise Unsupported("format", f"fmt={name}: these kernels know {known}")
     if n == 0 or k == 0:
         raise Unsupported("zero_size", f"n={n}, k={k}: a weight needs at least one element")
     if k % 2:

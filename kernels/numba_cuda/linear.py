@@ -23,8 +23,8 @@ GEMV_MAX_TOKENS = 16
 class LinearKernel:
     """x [m, k], packed weight [n, k] and bias [n] or none -> y [m, n] in x's dtype; fp32 sums, one final rounding.
 
-    ``numerics``: the weight and x are exact in float32 except absmax7_g128, where an integer times its float32 group
-    scale is rounded to float32.
+    ``numerics``: the weight and x are exact in float32 except absmax7_g128 and nf4, where a table value times its
+    float32 group scale is rounded to float32.
     """
 
     fmt: Format
@@ -103,7 +103,7 @@ def linear(case: Case, variant: str, device: Device) -> Kernel:
     if act not in ("none", "relu", "gelu", "silu"):
         raise Unsupported("activation", f"act={act}: these kernels know none, relu, gelu and silu")
     require_simulable(case, device, products=m * case.axis("n") * case.axis("k"))
-    group_of_float32 = fmt.scaling == "group" and not fmt.e4m3_scale
+    group_of_float32 = fmt.scaling == "group" and fmt.scale == "fp32"
     numerics = Numerics(accumulate="fp32", operand_roundings=("fp32",) if group_of_float32 else ())
     bias = case.axis("bias") == 1
     return LinearKernel(fmt, dtype_of(case, "x"), act, bias, m, case.axis("n"), case.axis("k"), device, numerics)

@@ -134,8 +134,7 @@ def _make_finish(fmt: Format, dtype: str, act: str, bias: bool) -> Any:
 
 def _arguments(fmt: Format, dtype: str, codes: str) -> tuple[str, ...]:
     held = f"{bits.HELD_AS[dtype]}[::1]"
-    scale = "uint8[::1]" if fmt.e4m3_scale else "float32[::1]"
-    return (held, codes, scale, "float32[::1]", held, held, "int64", "int64", "int64")
+    return (held, codes, f"{fmt.scale_held}[::1]", "float32[::1]", held, held, "int64", "int64", "int64")
 
 
 @cache
@@ -147,8 +146,7 @@ def gemv_words(name: str, dtype: str, act: str, bias: bool, tokens: int) -> Prog
     """
     fmt = FORMATS[name]
     load, store = bits.LOAD[dtype], bits.STORE[dtype]
-    value_of = bits.decode_e2m1 if fmt.e2m1 else bits.decode_int4
-    load_scale = bits.load_scale_e4m3 if fmt.e4m3_scale else bits.load_fp32
+    value_of, load_scale = bits.VALUE_OF[fmt.element], bits.LOAD_SCALE[fmt.scale]
     finish = _make_finish(fmt, dtype, act, bias)
     grouped = fmt.scaling == "group"
     group = fmt.group if grouped else SPAN
@@ -237,8 +235,7 @@ def gemv_bytes(name: str, dtype: str, act: str, bias: bool, tokens: int) -> Prog
     """(x, codes as uint8, scale, global_scale, bias, y, m, n, k); grid (n / WARPS, m / tokens)."""
     fmt = FORMATS[name]
     load, store = bits.LOAD[dtype], bits.STORE[dtype]
-    value_of = bits.decode_e2m1 if fmt.e2m1 else bits.decode_int4
-    load_scale = bits.load_scale_e4m3 if fmt.e4m3_scale else bits.load_fp32
+    value_of, load_scale = bits.VALUE_OF[fmt.element], bits.LOAD_SCALE[fmt.scale]
     finish = _make_finish(fmt, dtype, act, bias)
     grouped, half_group = fmt.scaling == "group", max(1, fmt.group // 2)
 
@@ -280,13 +277,12 @@ def gemv_bytes(name: str, dtype: str, act: str, bias: bool, tokens: int) -> Prog
 def tiled(name: str, dtype: str, act: str, bias: bool) -> Program:
     """(x, codes as uint8, scale, global_scale, bias, y, m, n, k); grid (n / BLOCK_N, m / BLOCK_M).
 
-    Group scales are multiplied into the decoded weight in float32 (exact for nvfp4, one rounding for absmax7_g128).
+    Group scales are multiplied into the decoded weight in float32 (exact for nvfp4 and mxfp4, else one rounding).
     A thread's outputs lie COLUMNS apart along n, so that shared reads of a warp are neighbours or the same word.
     """
     fmt = FORMATS[name]
     load, store = bits.LOAD[dtype], bits.STORE[dtype]
-    value_of = bits.decode_e2m1 if fmt.e2m1 else bits.decode_int4
-    load_scale = bits.load_scale_e4m3 if fmt.e4m3_scale else bits.load_fp32
+    value_of, load_scale = bits.VALUE_OF[fmt.element], bits.LOAD_SCALE[fmt.scale]
     finish = _make_finish(fmt, dtype, act, bias)
     grouped, half_group = fmt.scaling == "group", max(1, fmt.group // 2)
     rows_apart = BLOCK_M // TILE_M

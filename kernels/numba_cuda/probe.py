@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from vbench.backend import Availability, Device
+from vbench.backend import Availability, Place
 
 
 def _versions() -> dict[str, str]:
@@ -21,7 +21,7 @@ def _nothing() -> None:
     """An empty kernel."""
 
 
-def probe(device: Device) -> Availability:
+def probe(device: Place) -> Availability:
     """Whether kernels can be checked on ``device``; never raises.
 
     On ``cuda`` an empty kernel is compiled, since numba may import and see the GPU while NVVM or nvJitLink is missing.
@@ -33,6 +33,14 @@ def probe(device: Device) -> Availability:
         return Availability(
             False, "none", f"numba.cuda cannot be imported ({error!r}): pip install 'numba-cuda[cu13]'", versions
         )
+    if device == "compile":
+        if SIMULATED:
+            return Availability(False, "none", "set NUMBA_ENABLE_CUDASIM=0 to compile", versions)
+        try:
+            import cuda.core  # its linker makes machine code without a driver
+        except ImportError as error:
+            return Availability(False, "none", f"install it: pip install 'numba-cuda[cu13]' ({error})", versions)
+        return Availability(True, "compiler", "", versions)
     if device == "cpu":
         if not SIMULATED:
             return Availability(False, "none", "set NUMBA_ENABLE_CUDASIM=1 before numba is imported", versions)

@@ -107,20 +107,64 @@ def tensor(
     Raises:
         Unsupported: missing, or any of these differs.
     """
+    t = _shaped(tensors, name, dtype, shape, align)
+    _require_device(name, t, device)
+    _require_contiguous(name, t)
+    return t
+
+
+def strided(
+    tensors: Mapping[str, Any], name: str, dtype: str, shape: tuple[int, ...], device: Device, align: int, element: str
+) -> tuple[Any, tuple[int, ...]]:
+    """The memory from the first to the last element of tensor ``name`` as an array, and its strides in elements.
+
+    Raises:
+        Unsupported: as ``tensor``, but for contiguity.
+    """
+    t = _shaped(tensors, name, dtype, shape, align)
+    _require_device(name, t, device)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(shape, t.stride(), strict=True))
+    return array(t.detach().as_strided((span,), (1,)), element), tuple(t.stride())
+
+
+def host_tensor(
+    tensors: Mapping[str, Any], name: str, dtype: str, shape: tuple[int, ...], device: Device, align: int = 1
+) -> Any:
+    """As ``tensor``, for one in host memory; for cuda it must be page-locked, so that the device can read it.
+
+    Raises:
+        Unsupported: also ``not_on_host`` and ``not_pinned``.
+    """
+    t = _shaped(tensors, name, dtype, shape, align)
+    if t.device.type != "cpu":
+        raise Unsupported("not_on_host", f"{name} is on {t.device}; this op fetches from host memory")
+    if device == "cuda" and not t.is_pinned():
+        raise Unsupported("not_pinned", f"{name} is pageable, which a GPU cannot read; call .pin_memory()")
+    _require_contiguous(name, t)
+    return t
+
+
+def _shaped(tensors: Mapping[str, Any], name: str, dtype: str, shape: tuple[int, ...], align: int) -> Any:
     t = tensors.get(name)
     if t is None:
         raise Unsupported("missing_tensor", f"{name} is missing")
     if str(t.dtype) != f"torch.{dtype}":
         raise Unsupported("wrong_dtype", f"{name} is {t.dtype}, this kernel takes torch.{dtype}")
-    if t.device.type != device:
-        raise Unsupported("wrong_device", f"{name} is on {t.device}, this kernel was made for {device}")
     if tuple(t.shape) != shape:
         raise Unsupported("wrong_shape", f"{name} is {tuple(t.shape)}, the case says {shape}")
-    if not t.is_contiguous():
-        raise Unsupported("not_contiguous", f"{name} must be contiguous; call .contiguous() first")
     if t.data_ptr() % align:
         raise Unsupported("misaligned", f"{name} must start at a multiple of {align} bytes")
     return t
+
+
+def _require_device(name: str, t: Any, device: Device) -> None:
+    if t.device.type != device:
+        raise Unsupported("wrong_device", f"{name} is on {t.device}, this kernel was made for {device}")
+
+
+def _require_contiguous(name: str, t: Any) -> None:
+    if not t.is_contiguous():
+        raise Unsupported("not_contiguous", f"{name} must be contiguous; call .contiguous() first")
 
 
 def array(t: Any, element: str) -> Any:
@@ -132,4 +176,26 @@ def array(t: Any, element: str) -> Any:
 
     flat = t.detach().view(-1).view(torch.uint8)
     held = flat.numpy() if SIMULATED else cuda.as_cuda_array(flat)
+    return held.view(np.dtype(element))
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """Page-locked bytes, described as the CUDA array interface does (numba: "CUDA Array Interface", version 3)."""
+
+    owner: Any
+    size_bytes: int
+
+    @property
+    def __cuda_array_interface__(self) -> Mapping[str, Any]:
+        data = (self.owner.data_ptr(), False)
+        return {"shape": (self.size_bytes,), "typestr": "|u1", "data": data, "strides": None, "version": 3}
+
+
+def host_array(t: Any, element: str) -> Any:
+    """As ``array``, for a contiguous tensor in host memory (page-locked where a device is to read it)."""
+    import torch
+
+    flat = t.detach().view(-1).view(torch.uint8)
+    held = flat.numpy() if SIMULATED else cuda.as_cuda_array(_Mapped(flat, flat.numel()))
     return held.view(np.dtype(element))

@@ -45,6 +45,10 @@ class Links(Protocol):
         """Block the calling thread until ``marks`` are over."""
         ...
 
+    def over(self, marks: Marks) -> bool:
+        """Are ``marks`` over? Asks, never waits."""
+        ...
+
     def drain(self) -> None:
         """Block the calling thread until the copy stream is idle."""
         ...
@@ -71,6 +75,9 @@ class HostLinks:
 
     def host_wait(self, marks: Marks) -> None:
         return None
+
+    def over(self, marks: Marks) -> bool:
+        return True
 
     def drain(self) -> None:
         return None
@@ -123,6 +130,9 @@ class CudaLinks:
     def host_wait(self, marks: Marks) -> None:
         for mark in marks:
             mark.event.synchronize()
+
+    def over(self, marks: Marks) -> bool:
+        return all(mark.event.query() for mark in marks)
 
     def drain(self) -> None:
         self._side.synchronize()

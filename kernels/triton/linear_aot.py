@@ -1,64 +1,85 @@
-"""Ahead-of-time compilation of the FP4 kernels with no GPU: what each table entry compiles to, read from its cubin.
-
-    python -m vbench.kernels.triton.linear_aot [all]
-
-prints JSON, one object an entry: unit, registers, stack, spills inside loops, shared memory, load widths. Needs a
-process without TRITON_INTERPRET=1.
-"""
+"""What the FP4 kernels compile to: every table entry, and the codec, for the ahead-of-time gate."""
 
 from __future__ import annotations
 
-import json
+import math
 import re
-import subprocess
-import sys
-import tempfile
-from collections import Counter
-from dataclasses import asdict, replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import product
 from typing import Any
 
-import triton
-
-from vbench.kernels.triton import codec, linear
+from vbench.backend import Configuration, Cubin, Effort, Unit
+from vbench.kernels.triton import codec, linear, linear_gluon_host
+from vbench.kernels.triton.aot import POINTERS, compile_kernel, cubin
 from vbench.kernels.triton.linear import Plan
 from vbench.kernels.triton.linear_fused import fused_linear_kernel
 
-TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+#: Local memory allowed where it lies outside the loops, bytes a thread.
+EPILOGUE_SPILL_BYTES = 256
+EPILOGUE_SPILL_REASON = (
+    "the epilogue's activation and bias, once a tile, outside every loop: loop_spills is held to 0 "
+    "(docs/tuning/fp4.md, What the compiler makes of it)"
+)
+#: The tables are tuned on Hopper, whose warp-group instructions read an operand from shared memory. Before it, the
+#: largest tiles hold that operand in registers too: their loops may access local memory this seldom.
+AMPERE_SPILL_SHARE = 0.02
+AMPERE_SPILL_REASON = (
+    "a tile of 128 tokens tuned on sm_90; on sm_80 ptxas spills in its loop too, held to 2 % of the loop's "
+    "instructions (docs/tuning/fp4.md, What the compiler makes of it)"
+)
+NVFP4_SPILL_BYTES = 16
+NVFP4_SPILL_REASON = (
+    "256 blocks of float32 a program, tuned on sm_90; on sm_80 four registers do not fit (docs/tuning/fp4.md, What the "
+    "compiler makes of it)"
+)
+_AT_LEAST_ONE = (1.0, math.inf)
 
 
-def compile_fused(plan: Plan, fmt: str, x: str, capability: int, act: str = "none", bias: bool = False) -> Any:
-    """The fused kernel of a plan, compiled ahead of time for a capability; all sizes divisible by 16."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.compiler import compile as compile_source
+def _ptx_figures(compiled: Any) -> dict[str, float]:
+    """What decides about speed or exactness and is not in the machine code.
 
+    Layout conversions in the loop (trips through shared memory), the widest asynchronous copy, kinds of division.
+    """
+    ir, ptx = compiled.asm["ttgir"], compiled.asm["ptx"]
+    loop = ir[ir.find("scf.for") : ir.rfind("scf.yield")]
+    widths = [int(w, 16) for w in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, 0x([0-9a-f]+)", ptx)]
+    return {
+        "conversions_in_loop": loop.count("convert_layout"),
+        "widest_copy_bytes": max(widths, default=0),
+        "ieee_divisions": ptx.count("div.rn.f32"),
+        "approximate_divisions": ptx.count("div.full.f32") + ptx.count("div.approx"),
+    }
+
+
+def compile_fused(plan: Plan, fmt: str, x: str, arch: int, act: str = "none", bias: bool = False) -> Any:
+    """The fused kernel of a plan, compiled ahead of time; all sizes divisible by 16."""
     constants: dict[str, Any] = {
         "FORMAT": fmt, "X": x, "ACT": act, "HAS_BIAS": bias, "BN": plan.bn, "BM": plan.bm, "BKW": plan.bkw,
         "SPLIT": plan.split, "EVEN_K": True, "NATIVE": x != "fp32", "INTERPRETED": False,
         "TWIDDLED": fmt == "nvfp4" and x == "bf16", "GROUP_M": 8, "BLOCK_SUMS": plan.block_sums, "SMALL_SCALES": False,
     }  # fmt: skip
-    pointers = {
-        "x_ptr": TYPES[x], "codes_ptr": "*i16", "scale_ptr": "*i32" if fmt == "nvfp4" else "*fp32",
-        "global_ptr": "*fp32", "bias_ptr": TYPES[x], "y_ptr": TYPES[x], "partial_ptr": "*fp32", "ticket_ptr": "*i32",
+    types = {
+        "x_ptr": POINTERS[x], "codes_ptr": "*i16", "scale_ptr": "*i32" if fmt == "nvfp4" else "*fp32",
+        "global_ptr": "*fp32", "bias_ptr": POINTERS[x], "y_ptr": POINTERS[x], "partial_ptr": "*fp32",
+        "ticket_ptr": "*i32",
     }  # fmt: skip
-    sizes = ("M", "N", "K", "stride_xm", "stride_ym", "k_blocks", "blocks_per_split")
-    signature = pointers | dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr")
-    unspecialised = ("M", "k_blocks", "blocks_per_split")
-    attributes = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate((*pointers, *sizes)) if name not in unspecialised
-    }
-    source = ASTSource(fn=fused_linear_kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": plan.warps, "num_stages": plan.stages}
-    return compile_source(source, target=GPUTarget("cuda", capability, 32), options=options)
+    divisible = ("N", "K", "stride_xm", "stride_ym")
+    return compile_kernel(
+        fused_linear_kernel,
+        arch,
+        types=types,
+        constants=constants,
+        divisible=divisible,
+        num_warps=plan.warps,
+        num_stages=plan.stages,
+    )
 
 
 def compile_gluon(plan: Plan, fmt: str, x: str, act: str = "none", bias: bool = False) -> Any:
     """The Gluon kernel of a plan, compiled ahead of time for sm_90."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import compile as compile_source
     from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon._runtime import GluonASTSource
 
     from vbench.kernels.triton.linear_gluon import gluon_linear_kernel
     from vbench.kernels.triton.linear_gluon_host import REGISTERS
@@ -76,123 +97,155 @@ def compile_gluon(plan: Plan, fmt: str, x: str, act: str = "none", bias: bool = 
         "y_desc": f"tensordesc<{x}[{plan.bm}, {rows}],{result!r}>",
         "scale_ptr": "*i32" if fmt == "nvfp4" else "*fp32",
         "global_ptr": "*fp32",
-        "bias_ptr": TYPES[x],
+        "bias_ptr": POINTERS[x],
     }
-    names = gluon_linear_kernel.arg_names
-    signature = {name: types.get(name, "constexpr" if name in constants else "i32") for name in names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.endswith("_ptr")}
-    source = GluonASTSource(fn=gluon_linear_kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return compile_source(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    return compile_kernel(gluon_linear_kernel, 90, types=types, constants=constants, gluon=True, num_warps=4)
 
 
-def compile_codec(kernel: Any, signature: dict[str, str], constants: dict[str, Any], capability: int) -> Any:
-    """A codec kernel, compiled ahead of time."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.compiler import compile as compile_source
+def _fused_cubin(plan: Plan, fmt: str, x: str, arch: int) -> Cubin:
+    compiled = compile_fused(plan, fmt, x, arch, "gelu", True)
+    return cubin(compiled, **_ptx_figures(compiled))
 
-    pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
-    source = ASTSource(
-        fn=kernel,
-        signature=signature | dict.fromkeys(constants, "constexpr"),
-        constexprs=constants,
-        attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
+
+def _gluon_cubin(plan: Plan, fmt: str, x: str) -> Cubin:
+    compiled = compile_gluon(plan, fmt, x, "gelu", True)
+    return cubin(compiled, **_ptx_figures(compiled))
+
+
+def _codec_cubin(kernel: Any, arch: int, types: Mapping[str, str], constants: Mapping[str, Any], warps: int) -> Cubin:
+    compiled = compile_kernel(kernel, arch, types=types, constants=constants, num_warps=warps)
+    return cubin(compiled, **_ptx_figures(compiled))
+
+
+def _tile(plan: Plan) -> dict[str, int | str]:
+    names = ("bn", "bm", "bkw", "warps", "stages", "split")
+    return {**{name: getattr(plan, name) for name in names}, "block_sums": int(plan.block_sums)}
+
+
+def fused(plan: Plan, fmt: str, x: str, arch: int, effort: Effort = "standard") -> Configuration:
+    """The fused kernel: 16-byte copies, no layout conversion and no spill in its loops; warp-group instructions on
+    Hopper where a tile has 16 tokens and whole warp groups."""
+    unit: Unit = "ffma" if x == "fp32" else "hgmma" if arch == 90 and plan.bm >= 16 and plan.warps % 4 == 0 else "hmma"
+    bounds = {f"loop.{unit.upper()}": _AT_LEAST_ONE, "conversions_in_loop": (0.0, 0.0)}
+    large = x != "fp32" and plan.bm >= 128
+    crowded = large and arch < 90
+    bounds |= {"loop_spill_share": (0.0, AMPERE_SPILL_SHARE)} if crowded else {"loop_spills": (0.0, 0.0)}
+    if x != "fp32":
+        bounds["widest_copy_bytes"] = (16.0, 16.0)
+    return Configuration(
+        op="fp4_linear",
+        kernel="fused_linear_kernel",
+        arch=arch,
+        unit=unit,
+        parameters={"fmt": fmt, "x": x, **_tile(plan)},
+        compile=partial(_fused_cubin, plan, fmt, x, arch),
+        bounds=bounds,
+        spill_bytes_allowed=EPILOGUE_SPILL_BYTES if large else 0,
+        spill_reason="" if not large else AMPERE_SPILL_REASON if crowded else EPILOGUE_SPILL_REASON,
+        effort=effort,
     )
-    return compile_source(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
 
 
-def spills_in_loop(sass: str) -> int:
-    """Local-memory accesses inside the innermost loops that hold matrix or FMA work.
-
-    A loop ends in a predicated backward branch; the unpredicated ones lead back from the spin loops of barriers.
-    """
-    line = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)(.*?);", re.MULTILINE)
-    code = [(int(m[1], 16), bool(m[2]), m[3].partition(".")[0], m[4]) for m in line.finditer(sass)]
-    work = [address for address, _, name, _ in code if name in ("HGMMA", "HMMA", "FFMA")]
-    spans = []
-    for address, predicated, name, operands in code:
-        target = re.search(r"0x([0-9a-f]+)", operands)
-        if name == "BRA" and predicated and target and int(target[1], 16) < address:
-            begin = int(target[1], 16)
-            if any(begin <= w <= address for w in work):
-                spans.append((begin, address))
-    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
-    return sum(name in ("LDL", "STL") and any(b <= a <= e for b, e in inner) for a, _, name, _ in code)
+def gluon(plan: Plan, fmt: str, x: str, effort: Effort = "standard") -> Configuration:
+    """The Gluon kernel: loads by the copy engine, registers moved from the producer to the consumers."""
+    return Configuration(
+        op="fp4_linear",
+        kernel="gluon_linear_kernel",
+        arch=90,
+        unit="hgmma",
+        parameters={"fmt": fmt, "x": x, **_tile(plan)},
+        compile=partial(_gluon_cubin, plan, fmt, x),
+        instructions=("UTMALDG", "USETMAXREG"),
+        bounds={"loop.HGMMA": _AT_LEAST_ONE, "loop_spills": (0.0, 0.0), "conversions_in_loop": (0.0, 0.0)},
+        spill_bytes_allowed=EPILOGUE_SPILL_BYTES if plan.bn >= 256 else 0,
+        spill_reason=EPILOGUE_SPILL_REASON if plan.bn >= 256 else "",
+        effort=effort,
+    )
 
 
-def read_code(compiled: Any) -> dict[str, Any]:
-    """Registers, stack, shared memory and instruction counts of a compiled kernel, from its cubin and IR."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(compiled.asm["cubin"])
-        f.flush()
-        usage = subprocess.run([tool, "-res-usage", f.name], capture_output=True, text=True, check=True)
-        sass = subprocess.run([tool, "-sass", f.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
-    assert found is not None, usage.stdout + usage.stderr
-    operations = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", sass, re.MULTILINE)
-    count = Counter(op.partition(".")[0] for op in operations)
-    ir, ptx = compiled.asm["ttgir"], compiled.asm["ptx"]
-    loop = ir[ir.find("scf.for") : ir.rfind("scf.yield")]
-    widths = [int(w, 16) for w in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, 0x([0-9a-f]+)", ptx)]
-    return {
-        "registers": int(found.group(1)),
-        "stack": int(found.group(2)),
-        "spills_in_loop": spills_in_loop(sass),
-        "shared": int(compiled.metadata.shared),
-        "instructions": len(operations),
-        "conversions_in_loop": loop.count("convert_layout"),
-        "widest_copy_bytes": max(widths, default=0),
-        "unit": next((u for u in ("HGMMA", "HMMA", "FFMA") if count[u]), "none"),
-        "counts": dict(count.most_common(14)),
-        "ieee_divisions": ptx.count("div.rn.f32"),
-        "approximate_divisions": ptx.count("div.full.f32") + ptx.count("div.approx"),
-    }
-
-
-def _linear_report(plan: Plan, fmt: str, x: str, capability: int, unit: str) -> dict[str, Any]:
-    if plan.path == "gluon":
-        compiled = compile_gluon(plan, fmt, x, "gelu", True)
-    else:
-        compiled = compile_fused(plan, fmt, x, capability, "gelu", True)
-    head = {"kernel": plan.path, "capability": capability, "fmt": fmt, "x": x, "declared_unit": unit}
-    return head | asdict(plan) | read_code(compiled)
-
-
-def compiled_table(everything: bool) -> list[dict[str, Any]]:
-    """What the dispatch tables' entries and the encoders compile to. ``everything``: else a sample of each kind."""
-    reports: list[dict[str, Any]] = []
-    for fmt, table in linear.TABLES.items():
+def _linears() -> Iterator[Configuration]:
+    sample = {("absmax7_row", 8, "bf16", 90), ("nvfp4", 16, "bf16", 90), ("absmax7_g128", 64, "bf16", 90)}
+    sample |= {("nvfp4", 16, "fp16", 80)}
+    for arch, x, (fmt, table) in product((80, 90), ("bf16", "fp16"), linear.TABLES.items()):
         for limit, plan in table:
-            sampled = (fmt, limit) in (("absmax7_row", 8), ("nvfp4", 16), ("absmax7_g128", 64))
-            if everything or sampled:
-                split = 4 if limit <= linear.SPLIT_MAX_M else 1
-                unit = "HMMA" if plan.bm < 16 or plan.warps % 4 else "HGMMA"
-                reports.append(_linear_report(replace(plan, split=split), fmt, "bf16", 90, unit))
-    reports.append(_linear_report(linear.TABLES["nvfp4"][1][1], "nvfp4", "fp16", 80, "HMMA"))
-    for _, plan in linear.TABLE_FP32 if everything else linear.TABLE_FP32[-1:]:
-        reports.append(_linear_report(plan, "absmax7_row", "fp32", 90, "FFMA"))
-    for bn, bm, stages, _, _ in linear.GLUON_TILES if everything else linear.GLUON_TILES[:1]:
-        for fmt in ("absmax7_row", "nvfp4") if everything else ("nvfp4",):
-            reports.append(_linear_report(Plan("gluon", bn, bm, 32, 12, stages), fmt, "bf16", 90, "HGMMA"))
-    int_signature = {
-        "w_ptr": "*bf16", "codes_ptr": "*u8", "scale_ptr": "*fp32", "global_ptr": "*fp32", "partial_ptr": "*fp32",
-        "count": "i32", "n": "i32", "k": "i32",
-    }  # fmt: skip
-    encoders = ((0, 256, 16), (-1, 1024, 1), (128, 128, 32))
-    for group, block, rows in encoders if everything else encoders[1:2]:
-        constants = {"GROUP": group, "BLOCK_K": block, "ROWS": rows, "COUNT": 1024}
-        compiled = compile_codec(codec.encode_int_kernel, int_signature, constants, 90)
-        reports.append({"kernel": "encode", "capability": 90, **constants} | read_code(compiled))
-    nv_signature = {
-        "w_ptr": "*bf16", "codes_ptr": "*u8", "scale_ptr": "*u8", "global_ptr": "*fp32", "partial_ptr": "*fp32",
-        "count": "i32", "blocks": "i32",
-    }  # fmt: skip
-    nv_constants = {"BLOCKS": 256, "COUNT": 1024}
-    compiled = compile_codec(codec.encode_nvfp4_kernel, nv_signature, nv_constants, 90)
-    reports.append({"kernel": "encode", "capability": 90, **nv_constants} | read_code(compiled))
-    return reports
+            # Up to SPLIT_MAX_M tokens K is split by the layer's size; the code of every split count is alike.
+            split = 4 if limit <= linear.SPLIT_MAX_M else 1
+            yield fused(
+                replace(plan, split=split), fmt, x, arch, "quick" if (fmt, limit, x, arch) in sample else "standard"
+            )
+    for arch, (limit, plan), fmt in product((80, 90), linear.TABLE_FP32, linear.TABLES):
+        quick = (arch, limit, fmt) == (90, linear.TABLE_FP32[-1][0], "absmax7_row")
+        yield fused(plan, fmt, "fp32", arch, "quick" if quick else "standard")
+    for (bn, bm, stages, _, _), fmt, x in product(linear.GLUON_TILES, linear_gluon_host.FORMATS, ("bf16", "fp16")):
+        plan = Plan("gluon", bn, bm, linear_gluon_host.BKW, 12, stages)
+        yield gluon(plan, fmt, x, "quick" if (bn, bm, fmt, x) == (256, 128, "nvfp4", "bf16") else "standard")
 
 
-if __name__ == "__main__":
-    print(json.dumps(compiled_table("all" in sys.argv[1:])))
+def _codec(
+    op: str,
+    kernel: Any,
+    arch: int,
+    types: Mapping[str, str],
+    constants: Mapping[str, int | str | bool],
+    warps: int,
+    effort: Effort,
+    divides: bool,
+    spills: tuple[int, str] = (0, ""),
+) -> Configuration:
+    """A codec kernel. ``divides``: by IEEE division, never an approximation of it."""
+    pointer = types.get("w_ptr", types.get("y_ptr", "*fp32"))
+    shown = {name.lower(): int(v) if isinstance(v, bool | int) else v for name, v in constants.items()}
+    return Configuration(
+        op=op,
+        kernel=kernel.fn.__name__,
+        arch=arch,
+        unit="none",
+        parameters={"dtype": pointer.removeprefix("*"), **shown, "warps": warps},
+        compile=partial(_codec_cubin, kernel, arch, types, constants, warps),
+        bounds={"ieee_divisions": _AT_LEAST_ONE if divides else (0.0, 0.0), "approximate_divisions": (0.0, 0.0)},
+        spill_bytes_allowed=spills[0],
+        spill_reason=spills[1],
+        effort=effort,
+    )
+
+
+def _codecs() -> Iterator[Configuration]:
+    outputs = {"codes_ptr": "*u8", "scale_ptr": "*fp32", "global_ptr": "*fp32", "partial_ptr": "*fp32"}
+    for arch, dtype in product((80, 90), POINTERS):
+        w = {"w_ptr": POINTERS[dtype]}
+        effort: Effort = "quick" if (arch, dtype) == (90, "bf16") else "standard"
+        absmax = w | {"partial_ptr": "*fp32"}
+        quantize = "fp4_quantize"
+        yield _codec(quantize, codec.absmax_partials_kernel, arch, absmax, {"BLOCK": 4096}, 8, effort, False)
+        # One scale a tensor, a row, a group: the launch's own blocks.
+        for group, block, rows in ((0, 256, 16), (-1, 1024, 1), (128, 128, 32)):
+            constants = {"GROUP": group, "BLOCK_K": block, "ROWS": rows, "COUNT": codec.MAX_PARTIALS}
+            kind = effort if group == -1 else "standard"
+            yield _codec(quantize, codec.encode_int_kernel, arch, w | outputs, constants, 4, kind, True)
+        types = w | outputs | {"scale_ptr": "*u8"}
+        blocks = {"BLOCKS": 256, "COUNT": codec.MAX_PARTIALS}
+        spills = (NVFP4_SPILL_BYTES, NVFP4_SPILL_REASON) if (arch, dtype) == (80, "fp32") else (0, "")
+        yield _codec(quantize, codec.encode_nvfp4_kernel, arch, types, blocks, 4, effort, True, spills)
+        types = {"codes_ptr": "*u8", "global_ptr": "*fp32", "y_ptr": POINTERS[dtype]}
+        for one_scale, nvfp4, rows, pairs, warps in (
+            (True, False, 2, 512, 8),
+            (False, False, 2, 512, 8),
+            (False, False, 16, 64, 4),
+            (False, True, 128, 8, 4),
+        ):
+            decode: dict[str, int | str | bool] = {
+                "ONE_SCALE": one_scale,
+                "NVFP4": nvfp4,
+                "Y": dtype,
+                "INTERPRETED": False,
+            }
+            scale = {"scale_ptr": "*u8" if nvfp4 else "*fp32"}
+            decode |= {"ROWS": rows, "PAIRS": pairs}
+            kind = effort if nvfp4 else "standard"
+            yield _codec("fp4_dequantize", codec.decode_kernel, arch, types | scale, decode, warps, kind, False)
+
+
+def configurations() -> Iterator[Configuration]:
+    """Every entry of the dispatch tables with gelu and bias, and the encoders and decoders."""
+    yield from _linears()
+    yield from _codecs()

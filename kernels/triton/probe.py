@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from vbench.backend import Availability, Device
+from vbench.backend import Availability, Device, Place
 from vbench.errors import Unsupported
 
 #: Bfloat16 matrix instructions, and two-lane bf16 arithmetic, begin here.
@@ -18,7 +18,7 @@ MIN_CAPABILITY = (8, 0)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes", "t")
 
 
-def probe(device: Device) -> Availability:
+def probe(device: Place) -> Availability:
     """See ``vbench.backend.Backend.probe``; never raises."""
     try:
         import torch
@@ -27,6 +27,10 @@ def probe(device: Device) -> Availability:
         reason = f"install it: pip install 'vbench-kernels[triton]' ({error})"
         return Availability(False, "none", reason)
     versions = {"triton": str(triton.__version__), "torch": str(torch.__version__)}
+    if device == "compile":
+        if INTERPRETED:
+            return Availability(False, "none", "set TRITON_INTERPRET=0 to compile", versions)
+        return Availability(True, "compiler", "", versions)
     if device == "cpu":
         if not INTERPRETED:
             reason = "set TRITON_INTERPRET=1 before Triton is imported"

@@ -104,13 +104,15 @@ def plan_tiers(
     p = shape.parameters * work.parameter_bytes
     left = {"parameters": p, "gradients": p, "optimizer": memory.optimizer}
     largest_unit = max(shape.block_parameters, shape.vocabulary * shape.width) * work.parameter_bytes
-    needs = memory.working + (gpus - 1) * memory.context
     capacity = gpus * card.memory_bytes
-    everything = sum(left.values()) + needs
-    # With anything streamed, two units' parameters and gradients need room beside the working memory.
-    slots = 0 if everything <= capacity else gpus * 4 * largest_unit
-    room = capacity - needs - slots
-    if room < 0:
+    if memory.total + (gpus - 1) * memory.context <= capacity:
+        # Nothing moves: parts that never live at one time share their room, so that what the peak takes decides.
+        needs, slots = max(0, memory.total + (gpus - 1) * memory.context - sum(left.values())), 0
+    else:
+        # With anything streamed, two units' parameters and gradients need room beside the working memory.
+        needs, slots = memory.working + (gpus - 1) * memory.context, gpus * 4 * largest_unit
+    room = max(0, capacity - needs - slots)
+    if needs + slots > capacity:
         return _infeasible(shape, work, card, gpus, needs + slots, capacity)
     here = {}
     for kind in ("parameters", "gradients", "optimizer"):

@@ -1,0 +1,14 @@
+"""All that the Triton backend compiles to, for the ahead-of-time gate (``vbench run --suite compile``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vbench.backend import Configuration
+from vbench.kernels.triton import attention_aot, linear_aot
+
+
+def configurations() -> Iterator[Configuration]:
+    """One line a family of kernels."""
+    yield from attention_aot.configurations()
+    yield from linear_aot.configurations()

@@ -1,0 +1,114 @@
+"""The limit on timed rows: never exceeded, whole cases, what claims rest on first, and said aloud."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vbench import commands, registry, survey
+from vbench.cli import main
+from vbench.judge import may_rest_on
+from vbench.plan import EFFORTS, Job
+from vbench.record import Measurement, Outcome, Record
+from vbench.rows import MOST_ROWS, WORKER_START_S, estimate_s, within_limit
+
+
+def job(case: int, backend: str, kind: Any = "time", op: str = "") -> Job:
+    op = op or f"op{case % 3}"
+    return Job(kind, "s", f"{op}[n={case}]", op, backend, "", "own", 1.0, "", "cuda")
+
+
+def plans() -> st.SearchStrategy[list[Job]]:
+    pairs = st.tuples(st.integers(0, 12), st.sampled_from("abcd"), st.sampled_from(("time", "check")))
+    return st.lists(pairs, unique=True, max_size=60).map(lambda some: [job(*one) for one in some])
+
+
+@given(plans(), st.integers(0, 30), st.sets(st.integers(0, 12)), st.sets(st.sampled_from("abcd")))
+def test_whole_cases_within_the_limit_and_nothing_lost(
+    jobs: list[Job], most: int, needed: set[int], refusing: set[str]
+) -> None:
+    first = {f"[n={n}]" for n in needed}
+    found = within_limit(
+        jobs, most, lambda j: j.backend not in refusing, lambda j: j.case[j.case.index("[") :] in first
+    )
+    assert len(found.rows) <= most
+    assert list(found.jobs) == [j for j in jobs if j not in found.postponed], "the order of the plan"
+    assert all(j.kind == "time" for j in found.postponed)
+    assert not {j.case for j in found.rows} & {j.case for j in found.postponed}, "a ratio needs both sides"
+    assert [j for j in found.jobs if j.kind == "time" and j.backend not in refusing] == list(found.rows)
+    assert bool(found.message) == bool(found.postponed)
+    # A case that nothing rests on never takes the room of one that something does.
+    left = most - sum(1 for j in found.rows if j.case[j.case.index("[") :] in first)
+    for case in {j.case for j in found.postponed if j.case[j.case.index("[") :] in first}:
+        assert sum(j.case == case and j.backend not in refusing for j in found.postponed) > left
+
+
+def test_without_a_limit_everything_is_kept() -> None:
+    jobs = [job(n, b) for n in range(50) for b in "abcdefgh"]
+    found = within_limit(jobs, None, lambda _: True, lambda _: False)
+    assert len(found.rows) == 400 and found.postponed == () and found.message == ""
+
+
+def test_ops_take_turns() -> None:
+    jobs = [job(n, "a", op="many") for n in range(10)] + [job(n, "a", op="few") for n in range(2)]
+    found = within_limit(jobs, 4, lambda _: True, lambda _: False)
+    assert [j.case for j in found.rows] == ["many[n=0]", "many[n=1]", "few[n=0]", "few[n=1]"]
+
+
+@pytest.mark.parametrize("effort", EFFORTS[:2])
+def test_a_run_of_everything_on_a_gpu_stays_within_300_rows_and_keeps_what_claims_rest_on(
+    effort: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worst case: no kernel refuses anything."""
+
+    def all_ok(infos: Any, device: str, questions: Any) -> dict[tuple[str, str, str, str], survey.Answer]:
+        assert device == "cuda"
+        return {(i.name, *q): survey.Answer("ok") for i in infos for q in questions(i)}
+
+    monkeypatch.setattr(survey, "ask_all", all_ok)
+    infos = registry.backends()
+    recipe = {
+        "suites": [name for name, suite in registry.suites().items() if not suite.compiles],
+        "backends": [i.name for i in infos.values() if i.distribution == registry.OWN_DISTRIBUTION],
+        "ops": list(registry.ops()), "effort": effort, "seed": 0, "claims": [], "device": "cuda",
+    }  # fmt: skip
+    planned, _ = commands._plan(recipe, infos)
+    assert MOST_ROWS[effort] == 300 and 50 < len(planned.rows) <= 300  # type: ignore[index]
+    needs = [c.restated for book in commands.ledgers().values() for c in book.claims if c.restated is not None]
+
+    def needed(j: Job) -> bool:
+        return any(may_rest_on(r, j.backend, j.variant, j.case) for r in needs if r.kind == "time")
+
+    assert not [j.case for j in planned.postponed if needed(j)]
+    assert any(map(needed, planned.rows))
+    if effort == "standard":
+        assert "--effort full" in planned.message
+
+
+def test_dry_run_says_how_much_there_is_and_leaves_nothing(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["run", "--suite", "tier", "--backend", "tiers", "--device", "cpu", "--dry-run"]
+    assert main([*arguments, "--json"]) == 0
+    body = json.loads(capsys.readouterr().out)
+    assert body["timed_rows"] == body["jobs"]["time"] == 3 and body["postponed"] == 0
+    assert main(arguments) == 0
+    assert "timed here: 3 rows" in capsys.readouterr().out
+    assert main(["run", "--resume", "latest", "--dry-run"]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_estimate_is_the_mean_of_what_was_seen() -> None:
+    def seen(backend: str, op: str, elapsed_s: float) -> Record:
+        timed = (Measurement("wall", (1.0,)),)
+        return Record(f"{op}[n=1]", backend, "time", Outcome.PASSED, "r", elapsed_s=elapsed_s, measurements=timed)
+
+    records = [seen("a", "op0", 1.0), seen("a", "op0", 3.0), seen("b", "op1", 8.0)]
+    rows = [job(0, "a"), job(3, "a"), job(1, "b"), job(2, "c")]
+    assert estimate_s(rows, records) == pytest.approx(2 + 2 + 8 + 4 + 3 * WORKER_START_S)
+    assert estimate_s(rows, []) is None
