@@ -30,8 +30,11 @@ from vbench.kernels.virtual import cli
 from vbench.kernels.virtual.checkpoint import Checkpoint
 from vbench.kernels.virtual.corpus import Corpus, join, standard_library
 from vbench.kernels.virtual.errors import CheckpointError, TrainingError
+from vbench.kernels.virtual.estimate import estimate
 from vbench.kernels.virtual.folder import Log, TrainingFolder
+from vbench.kernels.virtual.hardware import find_card
 from vbench.kernels.virtual.modules import LanguageModel
+from vbench.kernels.virtual.program import Workload
 from vbench.kernels.virtual.settings import PRESET_DEFAULTS, make_settings
 from vbench.kernels.virtual.shapes import PRESETS
 from vbench.kernels.virtual.training import first_bad_layer, learning_rate
@@ -129,6 +132,32 @@ def test_killed_at_any_point_and_resumed_gives_the_losses_of_an_unbroken_run_bit
     capsys.readouterr()
     assert cli.main([*command(base / "broken"), "--resume"]) == 0
     assert losses(base / "broken") == whole
+
+
+def test_a_training_that_does_not_fit_streams_its_weights_and_has_the_same_losses(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = text(base)
+    options = [*SMALL, "--steps", "6", "--checkpoint-every", "2", "--gradient-checkpointing"]
+    assert cli.main(command(base / "whole", *options, data=data)) == 0
+    work = Workload(2, 16, checkpointing=True)
+    needed = estimate(PRESETS["vb-tiny"], work, "adamw", find_card("8GB"))
+    tiers = ["--vgpu-auto", "--budget", f"{needed.total - 4_000_000}B"]
+    capsys.readouterr()
+    assert cli.main([*command(base / "tiered", *options, data=data), *tiers]) == 0
+    printed = capsys.readouterr().out
+    assert "of weights streamed each pass" in printed and "it fits" not in printed
+    assert losses(base / "tiered") == losses(base / "whole")
+    moved = [r["tiers"]["to_device_bytes"] for r in lines(base / "tiered") if "tiers" in r]
+    assert moved == sorted(moved) and moved[0] > 0
+    # resumed, and resumed without tiers: still the same bits
+    for more in (tiers, []):
+        for path in files.checkpoints(base / "tiered")[1:]:
+            path.unlink()
+        assert cli.main([*command(base / "tiered"), "--resume", *more]) == 0
+        assert losses(base / "tiered") == losses(base / "whole")
+    assert cli.main([*command(base / "roomy", *options, data=data), "--vgpu-auto", "--budget", "1GB"]) == 0
+    assert "it fits: nothing is tiered" in capsys.readouterr().out
 
 
 def test_control_a_resume_that_forgets_the_optimizer_is_noticed(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,7 +409,8 @@ def test_the_same_command_with_resume_is_taken(finished: Path) -> None:
         ([*SMALL, "--vgpu-auto"], "say how much memory it may use with --budget"),
         ([*SMALL, "--budget", "8"], "--budget '8'"),
         (["--preset", "large", "--budget", "8GB", "--batch", "8"], "--budget 8GB: the training takes an estimated"),
-        (["--preset", "large", "--budget", "8GB", "--batch", "8", "--vgpu-auto"], "tiers_needed"),
+        (["--preset", "large", "--budget", "8GB", "--batch", "32", "--vgpu-auto"], "activations alone take"),
+        ([*SMALL, "--budget", "468.5MB", "--vgpu-auto"], "weights need at least"),
         ([*SMALL, "--resume"], "holds no training"),
     ],
 )

@@ -64,6 +64,11 @@ class TrainingFolder:
             os.fsync(file.fileno())
         temporary.replace(self.path / SETTINGS_FILE)
 
+    def forget(self) -> None:
+        """Remove settings, data and log of a training that never began."""
+        for name in (SETTINGS_FILE, DATA_FILE, LOG_FILE):
+            (self.path / name).unlink(missing_ok=True)
+
     def read_settings(self) -> dict[str, Any]:
         """What ``write_settings`` wrote. Raises DataError if it is not that."""
         path = self.path / SETTINGS_FILE

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vbench.errors import DataError, Unsupported, UsageError
+from vbench.kernels.tiers.budget import Budget, BudgetError
+from vbench.kernels.tiers.units import ALIGN_BYTES
 from vbench.kernels.virtual.corpus import Corpus, Source, digest_of, join
 from vbench.kernels.virtual.estimate import advise, estimate, estimator
 from vbench.kernels.virtual.folder import DATA_FILE, SETTINGS_FILE, TrainingFolder
@@ -48,10 +50,10 @@ def train(arguments: argparse.Namespace) -> int:
     folder = TrainingFolder(arguments.out)
     try:
         if arguments.resume:
-            settings, source = _resumed(folder, arguments, device)
+            settings, source, tiering = _resumed(folder, arguments, device)
         else:
-            settings, source = _begun(folder, arguments, device)
-        return _run(folder, settings, source, arguments.resume, scalars)
+            settings, source, tiering = _begun(folder, arguments, device)
+        return _run(folder, settings, source, tiering, arguments.resume, scalars)
     finally:
         folder.close()
         if close_scalars is not None:
@@ -62,6 +64,7 @@ def _run(
     folder: TrainingFolder,
     settings: Settings,
     source: Source,
+    tiering: Budget | None,
     resume: bool,
     scalars: Callable[[str, float, int], None],
 ) -> int:
@@ -76,8 +79,15 @@ def _run(
         + (f", {source.skipped} binary ones left out" if source.skipped else "")
     )
     try:
-        trainer = Trainer(folder, settings, source, resume=resume, say=_say, scalars=scalars)
+        trainer = Trainer(folder, settings, source, resume=resume, tiering=tiering, say=_say, scalars=scalars)
         outcome = trainer.run()
+    except BudgetError as error:
+        if not resume:
+            folder.forget()  # nothing was trained: the same command with a larger budget must not meet its remains
+        raise UsageError(
+            f"--vgpu-auto: {error} (gpu is the budget less the context, activations are estimated: raise --budget, lower "
+            "--batch or --seq, or add --gradient-checkpointing)"
+        ) from error
     except torch.cuda.OutOfMemoryError as error:
         raise TrainingError(
             "the GPU's memory is full: lower --batch, or add --gradient-checkpointing or --mixed-precision; "
@@ -93,7 +103,9 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _begun(folder: TrainingFolder, arguments: argparse.Namespace, device: str) -> tuple[Settings, Source]:
+def _begun(
+    folder: TrainingFolder, arguments: argparse.Namespace, device: str
+) -> tuple[Settings, Source, Budget | None]:
     from vbench.kernels.virtual.training import attention_kernel
 
     if folder.holds_training:
@@ -103,7 +115,7 @@ def _begun(folder: TrainingFolder, arguments: argparse.Namespace, device: str) -
     settings = make_settings(arguments.preset, device, {n: getattr(arguments, n) for n in SETTING_OPTIONS})
     if settings.seq > PRESETS[settings.model].context:
         raise UsageError(f"--seq {settings.seq}: {settings.model} has positions for {PRESETS[settings.model].context}")
-    _check_budget(settings, arguments)
+    tiering = _within_budget(settings, arguments)
     attention_kernel(settings)  # refused before anything is written
     data = folder.path / DATA_FILE
     source = join(arguments.data or [], data)
@@ -113,10 +125,12 @@ def _begun(folder: TrainingFolder, arguments: argparse.Namespace, device: str) -
         data.unlink()
         raise
     folder.write_settings({"settings": asdict(settings), "data": asdict(source)})
-    return settings, source
+    return settings, source, tiering
 
 
-def _resumed(folder: TrainingFolder, arguments: argparse.Namespace, device: str) -> tuple[Settings, Source]:
+def _resumed(
+    folder: TrainingFolder, arguments: argparse.Namespace, device: str
+) -> tuple[Settings, Source, Budget | None]:
     where = str(folder.path / SETTINGS_FILE)
     if not folder.holds_training:
         raise UsageError(f"--resume: {folder.path} holds no training; leave --resume out to begin one")
@@ -148,8 +162,7 @@ def _resumed(folder: TrainingFolder, arguments: argparse.Namespace, device: str)
     data = folder.path / DATA_FILE
     if not data.is_file() or digest_of(data) != source.sha256:
         raise DataError(f"{data}: not the data this training began with")
-    _check_budget(settings, arguments)
-    return settings, source
+    return settings, source, _within_budget(settings, arguments)
 
 
 def _device(asked: str) -> str:
@@ -162,15 +175,17 @@ def _device(asked: str) -> str:
     return asked
 
 
-def _check_budget(settings: Settings, arguments: argparse.Namespace) -> None:
+def _within_budget(settings: Settings, arguments: argparse.Namespace) -> Budget | None:
     """Hold the estimate against ``--budget`` (or, with ``--vgpu-auto``, the card), and limit the allocator to it.
+
+    Returns:
+        what tiers may use, where the training does not fit without them and ``--vgpu-auto`` allows them; else ``None``.
 
     Raises:
         UsageError: it does not fit; by how much, and what would make it fit.
-        Unsupported: --vgpu-auto, where tiers would be needed.
     """
     if arguments.budget is None and not arguments.vgpu_auto:
-        return
+        return None
     if arguments.budget is None and settings.device != "cuda":
         raise UsageError("--vgpu-auto: there is no GPU here to plan for; say how much memory it may use with --budget")
     card = find_card(arguments.budget, "--budget") if arguments.budget is not None else find_card("auto")
@@ -180,23 +195,30 @@ def _check_budget(settings: Settings, arguments: argparse.Namespace) -> None:
         settings.gradient_checkpointing, device="cuda",
     )  # fmt: skip
     needed = estimate(shape, work, "adamw", card)
-    fits = "" if needed.total > card.memory_bytes else ": fits, nothing is tiered"
-    _say(f"estimate: {show_bytes(needed.total)} of {show_bytes(card.memory_bytes)}, context included{fits}")
-    if needed.total > card.memory_bytes:
-        helps = [a for a in advise(estimator(shape, card), work, "adamw", card) if a.fits and a.change in _KNOBS]
-        hint = "; ".join(f"{_KNOBS.get(a.change, a.change)} takes {show_bytes(a.total_bytes)}" for a in helps)
-        message = (
-            f"the training takes an estimated {show_bytes(needed.total)}, "
-            f"{show_bytes(needed.total - card.memory_bytes)} more than {show_bytes(card.memory_bytes)}; "
-            + (f"what fits: {hint}" if hint else "lower --batch or --seq, or take a smaller --preset")
-        )
-        if arguments.vgpu_auto:
-            raise Unsupported(
-                "tiers_needed", f"--vgpu-auto: {message}. Tiered training is not part of this command yet"
-            )
-        raise UsageError(f"--budget {arguments.budget}: {message}")
+    _say(f"estimate: {show_bytes(needed.total)} of {show_bytes(card.memory_bytes)}, context included")
     if settings.device == "cuda":
         _limit_allocator(card)
+    if needed.total <= card.memory_bytes:
+        _say("it fits: nothing is tiered")
+        return None
+    if not arguments.vgpu_auto:
+        helps = [a for a in advise(estimator(shape, card), work, "adamw", card) if a.fits and a.change in _KNOBS]
+        hint = "".join(f"{_KNOBS[a.change]} takes {show_bytes(a.total_bytes)}; " for a in helps)
+        raise UsageError(
+            f"--budget {arguments.budget}: the training takes an estimated {show_bytes(needed.total)}, "
+            f"{show_bytes(needed.total - card.memory_bytes)} more; {hint}--vgpu-auto streams weights from the host"
+        )
+    room = card.memory_bytes - needed.context
+    activations = needed.working - needed.context
+    if room < activations:
+        raise UsageError(
+            f"--vgpu-auto: activations alone take an estimated {show_bytes(activations)}, "
+            f"{show_bytes(activations - room)} more than the budget leaves; lower --batch or --seq, or add "
+            "--gradient-checkpointing"
+        )
+    # Weights and their gradients lie on the host, each storage and unit on a boundary of its own.
+    host = 2 * shape.parameters * work.parameter_bytes + 2 * ALIGN_BYTES * 32 * (shape.layers + 2)
+    return Budget(gpu=room, pinned=host, activations=activations)
 
 
 #: Advice of the estimator -> the option of ``train`` that does it.

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from vbench.errors import DataError, Unsupported
+from vbench.kernels.tiers.budget import Budget
+from vbench.kernels.tiers.tiered import Tiered, tier
 from vbench.kernels.virtual import checkpoint as files
 from vbench.kernels.virtual.checkpoint import Checkpoint
 from vbench.kernels.virtual.corpus import Corpus, Source
@@ -27,6 +29,7 @@ from vbench.kernels.virtual.folder import DATA_FILE, LOG_FILE, Log, TrainingFold
 from vbench.kernels.virtual.modules import LanguageModel
 from vbench.kernels.virtual.settings import Settings
 from vbench.kernels.virtual.shapes import PRESETS
+from vbench.kernels.virtual.units import show_bytes
 
 #: Checkpoints kept: the newest, and the one before in case a disk loses bytes.
 KEPT_CHECKPOINTS = 2
@@ -55,12 +58,15 @@ class Trainer:
         settings: what to do.
         source: what the data was made from.
         resume: go on from the newest checkpoint, or from the start where there is none.
+        tiering: stream weights within this, or ``None`` to keep everything on the device. Losses are the same bits
+            either way on a CPU; on a GPU the optimizer of streamed weights runs on the host.
         say: takes lines of progress.
         scalars: takes (name, value, step); for TensorBoard.
 
     Raises:
         DataError: a sequence longer than the data; a checkpoint that is torn, altered or of another model.
         Unsupported: flash attention where it cannot be forced.
+        BudgetError: ``tiering`` is too small for the largest unit and the activations.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class Trainer:
         source: Source,
         *,
         resume: bool,
+        tiering: Budget | None,
         say: Callable[[str], None],
         scalars: Callable[[str, float, int], None] = lambda name, value, step: None,
     ) -> None:
@@ -80,8 +87,11 @@ class Trainer:
         self._corpus = Corpus(folder.path / DATA_FILE, settings.seq, settings.seed)
         torch.manual_seed(settings.seed)
         shape = PRESETS[settings.model]
-        with self._device:
+        with self._device if tiering is None else torch.device("cpu"):
             self._model = LanguageModel(shape, checkpointing=settings.gradient_checkpointing)
+        self._tiered = tier(self._model, budget=tiering, device=self._device) if tiering is not None else None
+        if self._tiered is not None:
+            say(tier_line(self._tiered))
         self._optimizer = _optimizer(self._model, settings)
         self.total_steps = settings.total_steps(self._corpus.windows)
         self.step = 0
@@ -111,6 +121,7 @@ class Trainer:
                 self._log.write({
                     "step": self.step, "loss": loss, "lr": rate, "grad_norm": norm, "tokens_s": tokens_s,
                     "memory_bytes": self._memory_bytes(),
+                    **({} if self._tiered is None else {"tiers": self._tiered.stats()}),
                 })  # fmt: skip
                 self._scalars("loss", loss, self.step)
                 self._scalars("learning rate", rate, self.step)
@@ -133,6 +144,8 @@ class Trainer:
             return Outcome(self.step, validation, self._sample())
         finally:
             self._log.close()
+            if self._tiered is not None:
+                self._tiered.close()
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
@@ -246,7 +259,7 @@ class Trainer:
             for name, parameter in _named(self._model):
                 parameter.copy_(held.tensors[f"model.{name}"])
                 self._optimizer.state[parameter] = {
-                    key: held.tensors[f"optimizer.{key}.{name}"].to(self._device)
+                    key: held.tensors[f"optimizer.{key}.{name}"].to(parameter.device)
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
         torch.set_rng_state(held.tensors["rng.cpu"])
@@ -268,6 +281,17 @@ class Trainer:
 
 
 _NAN_ADVICE = "The last checkpoint is from before; resume it with a smaller --lr in a new folder, or check the data"
+
+
+def tier_line(tiered: Tiered) -> str:
+    """Where a tiered model's weights lie."""
+    where = tiered.plan()
+    resident = sum(unit["bytes"] for unit in where["units"] if unit["resident"])
+    return (
+        f"tiers: {show_bytes(where['streamed_bytes_per_pass'])} of weights streamed each pass through "
+        f"{where['slots']} slots of {show_bytes(where['slot_bytes'])}, {show_bytes(resident)} resident, "
+        f"{show_bytes(where['pinned_weight_bytes'])} on the host"
+    )
 
 
 def learning_rate(step: int, total: int, peak: float) -> float:
