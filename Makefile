@@ -9,6 +9,8 @@ GATE := quick
 # A second Triton, the version of the machines our GPU records are from, in a folder that goes in front on the path.
 OTHER_TRITON := build/triton-3.6
 RUNS := results/runs
+# Test files run side by side.
+WORKERS := 2
 
 .PHONY: setup run test check gate wheel-test format claims matrix baseline clean
 
@@ -29,7 +31,7 @@ check: setup
 	$(BIN)/mypy
 
 test: check gate wheel-test
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 	for doc in $(GENERATED); do $(BIN)/vbench claims check $$doc || exit 1; done
 
 gate: setup $(OTHER_TRITON)/.ready

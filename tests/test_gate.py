@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import textwrap
 from dataclasses import replace
 from importlib.util import find_spec
@@ -13,14 +14,14 @@ from typing import Any
 import pytest
 
 from tests.plugins import install
-from vbench import gate, machine_code, registry
+from vbench import gate, judge, machine_code, registry, runner
 from vbench.backend import Configuration, Cubin
 from vbench.cli import main
 from vbench.errors import DataError
 from vbench.machine_code import MachineCode
 from vbench.plan import plan
 from vbench.record import Outcome, Record
-from vbench.spec import Suite
+from vbench.spec import Suite, case_hash
 from vbench.store import read_records
 
 
@@ -210,7 +211,9 @@ def run_controls(name: str, code: str, folder: Path, monkeypatch: pytest.MonkeyP
 def test_controls_trip_the_gate_and_cost_only_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(runner, "COMPILATIONS_A_WORKER", 4)  # two workers share the queue
     found = run_controls("bad_code", KERNELS, tmp_path, monkeypatch)
+    assert len(list((tmp_path / "runs").rglob("bad_code.compile*.log"))) == min(2, os.cpu_count() or 1)
     body = json.loads(capsys.readouterr().out)
     assert body["outcomes"]["INVALID"] == 5 and body["exit"] == 1
     fared = {name: (r.outcome.value, r.reason) for name, r in found.items()}
@@ -230,6 +233,20 @@ def test_controls_trip_the_gate_and_cost_only_themselves(
     assert "on purpose" in found["spilling_allowed"].detail
     assert all(r.environment["triton"] and r.environment["ptxas"] for r in found.values())
     assert found["sound"].sources.startswith("sha256:") and found["sound"].prepare_s
+    # Unfinished, it goes on where it stopped; one configuration can be compiled again by its hash.
+    records = next((tmp_path / "runs").iterdir()) / "records.jsonl"
+    whole = records.read_text(encoding="utf-8").splitlines(keepends=True)
+    records.write_text("".join(line for line in whole if "sound_again" not in line), encoding="utf-8")
+    assert main(["run", "--resume", "latest", "--json", "--out", str(tmp_path / "runs")]) == 1
+    again = {r.case: r for r in read_records(records)}
+    assert len(again) == len(whole) and again[found["sound_again"].case].outcome is Outcome.PASSED
+    capsys.readouterr()
+    out = ["--out", str(tmp_path / "runs")]
+    assert main(["repro", case_hash(found["sound"].case), *out]) == 0
+    assert main(["repro", case_hash(found["no_unit"].case), *out]) == 1
+    assert "no HGMMA in the code" in capsys.readouterr().out
+    assert main(["show", *out]) == 0
+    assert "configurations" in capsys.readouterr().out
 
 
 NUMBA = """
@@ -280,3 +297,10 @@ def test_a_backend_whose_list_cannot_be_made_fails(tmp_path: Path, monkeypatch: 
     assert {(r.case, r.outcome, r.reason) for r in found.values() if r.kind == "compile"} == {
         (gate.UNLISTED, Outcome.RUNTIME_ERROR, "RuntimeError")
     }
+
+
+def test_a_run_that_could_compile_nothing_is_no_success() -> None:
+    case = "compile[op=attention,kernel=k,arch=90,unit=hgmma]"
+    missing = Record(case, "triton", "compile", Outcome.UNAVAILABLE, "r", reason="not_usable")
+    assert judge.exit_code([missing], [], strict=False)[0] == 3
+    assert judge.exit_code([missing, replace(missing, backend="b", outcome=Outcome.PASSED)], [], strict=False)[0] == 0

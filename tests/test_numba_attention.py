@@ -1,6 +1,6 @@
 """Attention forward of numba_cuda in the simulator: budgets, strides, masks, invariants, and controls that must fail.
 
-Its machine code is looked at together with the other kernels', in test_numba_fp4.py.
+Its machine code is looked at by the ahead-of-time gate (``vbench run --suite compile``).
 """
 
 from __future__ import annotations

@@ -88,6 +88,8 @@ def use(environment: Path, folder: Path) -> None:
     if not Path(folder / summary["records"]).is_file():
         refuse(f"no records in {summary['records']}")
     vbench(environment, folder, "run", "--suite", "fp5", code=2)
+    # No compiler is a dependency: to find none is no success.
+    vbench(environment, folder, "run", "--suite", "compile", code=3)
     print(f"wheel: {sum(summary['outcomes'].values())} jobs from an empty folder, {summary['outcomes']}")
 
 

@@ -158,7 +158,8 @@ def exit_code(records: Sequence[Record], verdicts: Sequence[ClaimVerdict], *, st
     Returns:
         1: a job of an own backend, or of the harness, ended outside PASSED, UNSUPPORTED and UNAVAILABLE (OUT_OF_MEMORY
         is a result in suite ``model``), or a decided verdict contradicts the reviewed one for its hardware.
-        3: nothing was judged; or, under ``strict``, anything is INCONCLUSIVE, NOT_RUN, STALE or UNAVAILABLE.
+        3: nothing was judged, be it only that compilations were asked for and no compiler could be used; or, under
+        ``strict``, anything is INCONCLUSIVE, NOT_RUN, STALE or UNAVAILABLE.
         0: else. Reasons that change nothing start with ``note:``.
     """
     bad: list[str] = []
@@ -181,6 +182,8 @@ def exit_code(records: Sequence[Record], verdicts: Sequence[ClaimVerdict], *, st
     if bad:
         return 1, bad + notes
     judged = any(r.kind in ("check", "time", "battery", "compile") and r.outcome not in _NOT_JUDGED for r in records)
+    if not judged and any(r.kind == "compile" for r in records):
+        return 3, ["nothing was judged: no configuration could be compiled here", *notes]
     if not judged and not any(v.decided for v in verdicts):
         return 3, ["nothing was judged: no check passed or failed, no claim was decided", *notes]
     if strict:

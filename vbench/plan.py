@@ -112,7 +112,7 @@ def plan(
         ops: operations to include.
         claims: ids of claims that arithmetic decides.
         timing: include timed cases.
-        compiled: backend -> its configurations, for suites that compile.
+        compiled: backend -> its configurations, for suites that compile; one left out has none.
     """
     wanted = set(ops)
     jobs: dict[tuple[str, str, str, str], Job] = {}
@@ -138,7 +138,7 @@ def plan(
             continue
         if compilers and info.configurations:
             add(compile_probe(info))
-            for planned in (compiled or {})[info.name]:
+            for planned in (compiled or {}).get(info.name, ()):
                 if (planned.op in wanted or not planned.op) and EFFORTS.index(planned.effort) <= reach:
                     add(
                         Job(

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,11 @@ MOST_STARTS = 2
 
 #: A kernel that met its deadline on this many cases of an op is not started on the others: each would cost a deadline.
 MOST_HANGS = 2
+
+
+#: A further worker starts for so many compilations: its own start costs as much as some of them.
+COMPILATIONS_A_WORKER = 10
+PROBE_POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +208,12 @@ class Run:
             with ThreadPoolExecutor(max_workers=self.parallel) as pool:
                 # Long lists first, so that no backend is left alone at the end.
                 ordered = sorted(checks.items(), key=lambda item: -len(item[1]))
-                futures = [pool.submit(self._backend, name, jobs, compiles) for (name, compiles), jobs in ordered]
+                futures = [
+                    pool.submit(self._backend, name, queue, compiles, number)
+                    for (name, compiles), jobs in ordered
+                    for queue in [iter(jobs)]
+                    for number in range(self._workers_for(jobs) if compiles else 1)
+                ]
                 try:
                     for future in futures:
                         future.result()
@@ -211,7 +221,7 @@ class Run:
                     self._abort()
                     raise
             for name, jobs in times.items():
-                self._backend(name, jobs)
+                self._backend(name, iter(jobs))
         except BaseException:
             self._abort()
             raise
@@ -232,18 +242,33 @@ class Run:
             for key in sorted(in_flight):
                 self.store.withdrawn(key)
 
-    def _backend(self, name: str, jobs: Iterable[Job], compiles: bool = False) -> None:
-        """All given jobs of one backend in one warm worker."""
+    def _workers_for(self, jobs: Sequence[Job]) -> int:
+        """Compilations share nothing, not even a device, so that several workers may take them from one queue."""
+        return max(1, min(self.parallel, len(jobs) // COMPILATIONS_A_WORKER))
+
+    def _backend(self, name: str, jobs: Iterator[Job], compiles: bool = False, number: int = 0) -> None:
+        """Jobs of one backend in a warm worker, until ``jobs`` is empty; several workers may take from it.
+
+        The first job of a shared queue is the probe, and the others wait for its record.
+        """
         threads = max(1, (os.cpu_count() or 1) // self.parallel)
-        log = self.store.folder / f"{name.replace('/', '_')}{'.compile' if compiles else ''}.log"
+        probed = any(job.kind == "probe" and (job.backend, job.compiles) == (name, compiles) for job in self.jobs)
+        log = self.store.folder / f"{name.replace('/', '_')}{f'.compile{number}' if compiles else ''}.log"
         worker = WorkerProcess(self.infos.get(name), "compile" if compiles else self.device, log, threads)
         with self._lock:
             self._workers.add(worker)
         try:
             for job in jobs:
+                while probed and job.kind != "probe" and (name, compiles) not in self._probes:
+                    if self._stop.wait(PROBE_POLL_S):
+                        return
                 if self._stop.is_set():
                     return
                 self._finish(self._one(worker, job))
+        except BaseException:
+            # Whoever waits for a probe that will not come must not wait for ever.
+            self._stop.set()
+            raise
         finally:
             worker.close()
             with self._lock:

@@ -18,11 +18,16 @@ from vbench.kernels.numba_cuda import attention_kernels as attention
 from vbench.kernels.numba_cuda import codec_kernels as codec
 from vbench.kernels.numba_cuda import fetch_kernels as fetch
 from vbench.kernels.numba_cuda import linear_kernels as linear
+from vbench.kernels.numba_cuda.formats import FORMATS as FACTS
+from vbench.kernels.numba_cuda.formats import MXFP4_ROUNDING
 from vbench.kernels.numba_cuda.program import Program
 
 ARCHITECTURES = (80, 90)
-FORMATS = ("absmax7_tensor", "absmax7_row", "absmax7_g128", "nvfp4", "mxfp4", "nf4")
-GROUP_ENCODINGS = ("absmax7_g128", "nvfp4", "mxfp4", "mxfp4_rceil", "mxfp4_even", "mxfp4_ceil", "nf4")
+FORMATS = tuple(FACTS)
+#: What ``encode_group`` encodes to: the formats with a scale a group, and mxfp4 by its other scale rules.
+GROUP_ENCODINGS = tuple(
+    dict.fromkeys((*(name for name, fmt in FACTS.items() if fmt.scaling == "group"), *MXFP4_ROUNDING))
+)
 DTYPES = ("bf16", "fp16", "fp32")
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
 
@@ -113,16 +118,15 @@ _SAMPLE: Mapping[tuple[Any, ...], tuple[int, ...]] = {
     ("decode", "nvfp4", "bf16"): (90,),
     ("decode", "mxfp4", "fp32"): (90,),
     ("decode", "nf4", "fp16"): (90,),
-    ("copy", "uint32"): (90,),
-    ("forward", "fp32", 8, 1): (80, 90),
-    ("forward", "fp16", 16, 0): (90,),
     ("gemv_words", "absmax7_row", "fp16", "gelu", 0, 1): (90,),
     ("gemv_words", "nvfp4", "bf16", "silu", 1, 8): (80, 90),
-    ("gemv_words", "nf4", "bf16", "silu", 1, 8): (90,),
     ("gemv_bytes", "absmax7_tensor", "fp32", "silu", 1, 8): (90,),
-    ("gemv_bytes", "mxfp4", "bf16", "none", 0, 1): (90,),
     ("tiled", "absmax7_g128", "fp32", "none", 0): (90,),
     ("tiled", "nvfp4", "fp16", "silu", 1): (80, 90),
+    ("gemv_words", "nf4", "bf16", "silu", 1, 8): (90,),
+    ("gemv_bytes", "mxfp4", "bf16", "none", 0, 1): (90,),
+    ("attention", "fp32", 8, 1): (80, 90),
+    ("attention", "fp16", 16, 0): (90,),
 }
 
 
@@ -186,24 +190,19 @@ def _linears(arch: int) -> Iterator[Configuration]:
 
 def _attentions(arch: int) -> Iterator[Configuration]:
     for dtype, columns, causal in product(DTYPES, (1, 2, 4, 8, 16), (False, True)):
-        build: Callable[[], Program] = partial(attention.forward, dtype, columns, causal)
-        shape: dict[str, int | str] = {"dtype": dtype, "columns": columns, "causal": int(causal)}
-        kind = _effort(arch, "forward", dtype, columns, int(causal))
-        limits = {**_SHUFFLES, "flushed_operations": _NONE}
+        build = partial(attention.forward, dtype, columns, causal)
+        kind = _effort(arch, "attention", dtype, columns, int(causal))
+        shape: dict[str, int | str] = {"dtype": dtype, "columns_a_thread": columns, "causal": int(causal)}
+        limits = {"flushed_operations": _NONE, **_SHUFFLES}
         yield configuration("attention", build, "forward", arch, shape, unit="ffma", bounds=limits, effort=kind)
 
 
-def _fetches(arch: int) -> Iterator[Configuration]:
-    """Of whole weights; packed ones are fetched by the codec's ``decode``."""
-    for held in ("uint16", "uint32"):
-        kind = _effort(arch, "copy", held)
-        yield configuration("tier_fetch", partial(fetch.copy, held), "copy", arch, {"held": held}, effort=kind)
-
-
 def configurations() -> Iterator[Configuration]:
-    """Every program there is, about a thousand for each architecture."""
+    """Every program there is, about 1400 for each architecture."""
     for arch in ARCHITECTURES:
         yield from _codecs(arch)
         yield from _linears(arch)
         yield from _attentions(arch)
-        yield from _fetches(arch)
+        for held in ("uint16", "uint32"):
+            effort: Effort = "quick" if (arch, held) == (90, "uint32") else "standard"
+            yield configuration("tier_fetch", partial(fetch.copy, held), "copy", arch, {"held": held}, effort=effort)

@@ -24,7 +24,14 @@ from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics, ParamValue
 EPS = 1e-5
 #: Elements a program of the elementwise kernels takes.
 ELEMENTS = 2048
+ELEMENT_WARPS = 8
+ROTATE_WARPS = 1
 FIELDS = ("codes", "scale", "global_scale")
+
+
+def norm_warps(block: int) -> int:
+    """Warps of a norm whose row is padded to ``block`` elements."""
+    return 4 if block <= 2048 else 8
 
 
 def choose_attention(case: Case, device: Device) -> tuple[str, Kernel]:
@@ -188,7 +195,7 @@ class BlockKernel:
             add_norm_kernel[(self.tokens,)](
                 *arguments, self.hidden, EPS,
                 ADD=add, CENTRED=self.gpt2, X=self.x, NATIVE=not INTERPRETED, BLOCK=block,
-                num_warps=4 if block <= 2048 else 8,
+                num_warps=norm_warps(block),
             )  # fmt: skip
 
         return launch
@@ -200,7 +207,7 @@ class BlockKernel:
         def launch() -> None:
             rotate_kernel[(self.tokens, heads)](
                 t, stored, cos, sin, self.case.axis("s"), heads, half,
-                X=self.x, NATIVE=not INTERPRETED, BLOCK=triton.next_power_of_2(half), num_warps=1,
+                X=self.x, NATIVE=not INTERPRETED, BLOCK=triton.next_power_of_2(half), num_warps=ROTATE_WARPS,
             )  # fmt: skip
 
         return launch
@@ -212,7 +219,7 @@ class BlockKernel:
 
         def launch() -> None:
             gate_kernel[(triton.cdiv(count, block),)](
-                *arguments, GATED=gated, X=self.x, NATIVE=not INTERPRETED, BLOCK=block, num_warps=8
+                *arguments, GATED=gated, X=self.x, NATIVE=not INTERPRETED, BLOCK=block, num_warps=ELEMENT_WARPS
             )
 
         return launch
@@ -223,7 +230,7 @@ class BlockKernel:
 
         def launch() -> None:
             add_kernel[(triton.cdiv(count, block),)](
-                a, b, stored, count, X=self.x, NATIVE=not INTERPRETED, BLOCK=block, num_warps=8
+                a, b, stored, count, X=self.x, NATIVE=not INTERPRETED, BLOCK=block, num_warps=ELEMENT_WARPS
             )
 
         return launch
