@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,8 @@ def _run(
         if not resume:
             folder.forget()  # nothing was trained: the same command with a larger budget must not meet its remains
         raise UsageError(
-            f"--vgpu-auto: {error} (gpu is the budget less the context, activations are estimated: raise --budget, lower "
-            "--batch or --seq, or add --gradient-checkpointing)"
+            f"--vgpu-auto: {error} (gpu is the budget less the context, activations are estimated: raise --budget, "
+            "lower --batch or --seq, or add --gradient-checkpointing)"
         ) from error
     except torch.cuda.OutOfMemoryError as error:
         raise TrainingError(
@@ -189,6 +189,9 @@ def _within_budget(settings: Settings, arguments: argparse.Namespace) -> Budget 
     if arguments.budget is None and settings.device != "cuda":
         raise UsageError("--vgpu-auto: there is no GPU here to plan for; say how much memory it may use with --budget")
     card = find_card(arguments.budget, "--budget") if arguments.budget is not None else find_card("auto")
+    if arguments.budget is not None and settings.device == "cuda":  # as large as asked, otherwise the card at hand
+        here = find_card("auto")
+        card = replace(card, context_bytes=here.context_bytes, matrix_workspace_bytes=here.matrix_workspace_bytes)
     shape = PRESETS[settings.model]
     work = Workload(
         settings.batch, settings.seq, "amp" if settings.mixed_precision else "fp32", "sdpa",
