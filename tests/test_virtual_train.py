@@ -310,6 +310,23 @@ def test_a_full_disk_ends_training_with_1_and_the_old_checkpoint(
     assert cli.main([*command(base / "out"), "--resume"]) == 0
 
 
+def test_a_full_disk_under_log_or_data_ends_training_with_1(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    data = text(base)
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "write", full)
+        assert cli.main(command(base / "log", *SMALL, "--steps", "2", data=data)) == 1
+        patch.setattr(os, "fsync", full)
+        assert cli.main(command(base / "data", *SMALL, "--steps", "2", data=data)) == 1
+    assert capsys.readouterr().err.count("No space left") == 2
+    assert cli.main([*command(base / "log"), "--resume"]) == 0
+    assert cli.main(command(base / "data", *SMALL, "--steps", "1", data=data)) == 0
+
+
 # --- a training's folder ----------------------------------------------------------------------------------------------
 
 

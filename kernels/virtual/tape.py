@@ -9,7 +9,6 @@ parameter's gradient lives until the optimizer's step.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -96,7 +95,6 @@ class Tape:
         self._live_bytes = 0
         self._gradients: dict[str, Storage] = {}
         self._views: set[Storage] = set()
-        self._saved_by: dict[Storage, str] = {}
         self._stage = "forward"
         self.peak = Peak()
         #: the most that was live at once, gradients of parameters left out
@@ -282,18 +280,8 @@ class Tape:
     @property
     def saved_bytes(self) -> int:
         """Bytes of the distinct storages saved for backward now, each rounded up; parameters and inputs left out."""
-        return sum(s.size_bytes for s in self._saved_storages())
-
-    @property
-    def saved_by_operation(self) -> dict[str, int]:
-        """The same by the operation that saves each first."""
-        out: dict[str, int] = defaultdict(int)
-        for storage in self._saved_storages():
-            out[self._saved_by[storage]] += storage.size_bytes
-        return dict(out)
-
-    def _saved_storages(self) -> dict[Storage, None]:
-        return {s: None for step in self._steps for s in step.saved if not s.outside}
+        distinct = {s for step in self._steps for s in step.saved if not s.outside}
+        return sum(s.size_bytes for s in distinct)
 
     @property
     def live_bytes(self) -> int:
@@ -310,7 +298,6 @@ class Tape:
             return
         for storage in step.saved:
             storage.references += 1
-            self._saved_by.setdefault(storage, step.name)
         self._steps.append(step)
 
     def _allocate(self, size_bytes: int, what: str, kind: str = "") -> Storage:

@@ -12,6 +12,7 @@ from vbench.errors import DataError, Unsupported, UsageError
 from vbench.kernels.tiers.budget import Budget, BudgetError
 from vbench.kernels.tiers.units import ALIGN_BYTES
 from vbench.kernels.virtual.corpus import Corpus, Source, digest_of, join
+from vbench.kernels.virtual.errors import TrainingError
 from vbench.kernels.virtual.estimate import advise, estimate, estimator
 from vbench.kernels.virtual.folder import DATA_FILE, SETTINGS_FILE, TrainingFolder
 from vbench.kernels.virtual.hardware import Card, find_card
@@ -54,6 +55,12 @@ def train(arguments: argparse.Namespace) -> int:
         else:
             settings, source, tiering = _begun(folder, arguments, device)
         return _run(folder, settings, source, tiering, arguments.resume, scalars)
+    except BrokenPipeError:
+        raise  # the reader of our output, not the folder
+    except OSError as error:
+        raise TrainingError(
+            f"{error.filename or folder.path}: {error.strerror or error}; checkpoints are as they were: go on with --resume"
+        ) from error
     finally:
         folder.close()
         if close_scalars is not None:
@@ -70,7 +77,6 @@ def _run(
 ) -> int:
     import torch
 
-    from vbench.kernels.virtual.errors import TrainingError
     from vbench.kernels.virtual.training import Trainer
 
     shape = PRESETS[settings.model]
