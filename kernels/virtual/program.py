@@ -218,8 +218,7 @@ class Program:
             _, n_out, n_in, bias = linears["attn.qkv"]
             qkv = self._linear(f"{name}.attn.qkv", h, n_out, n_in, bias=bias)
             tape.free(h)
-            # split and transposed: views of one storage
-            q, k, v = qkv, tape.view(qkv), tape.view(qkv)
+            q, k, v = tape.split(f"{name}.attn.split", qkv, 3)
         else:
             q, k, v = (
                 self._linear(f"{name}.{part}", h, linears[part][1], linears[part][2], bias=linears[part][3])
@@ -250,11 +249,9 @@ class Program:
         rows = work.batch * shape.heads * work.sequence
         workspace = 0
         if work.device == "cuda":
-            # The flash backward sums dQ in fp32 and keeps a row sum; q, k, v in one storage get their gradients copied
-            # into one (FlashAttention 2, flash_api.cpp: dq_accum, softmax_d).
+            # The flash backward sums dQ in fp32 and keeps a row sum (FlashAttention 2, flash_api.cpp: dq_accum,
+            # softmax_d).
             workspace = rows * shape.head_dim * 4 + rows * 4
-        if q.storage is k.storage:
-            workspace += 3 * q_size
         return self.tape.op(
             f"{name}.sdpa", list({q: None, k: None, v: None}), q_size, saves=[q, k, v], saves_output=True,
             saves_new=[("logsumexp", rows * 4)], workspace_bytes=workspace, frees=[q, k, v],
@@ -264,12 +261,9 @@ class Program:
         work, shape, tape = self.work, self.shape, self.tape
         c = work.compute_bytes
         scores_elements = work.batch * shape.heads * work.sequence * work.sequence
-        scores_size, fused_qkv = scores_elements * c, q.storage is k.storage
+        scores_size = scores_elements * c
         scaled = tape.op(f"{name}.scale", [q], q_size, frees=[q])
-        # Batched products want [batch · heads, sequence, head_dim]: transposed operands are copied.
-        operands = [
-            tape.op(f"{name}.{part}.copy", [value], q_size, frees=[value]) for part, value in (("q", scaled), ("k", k))
-        ]
+        operands = [self._contiguous(f"{name}.q", scaled, q_size), self._contiguous(f"{name}.k", k, q_size)]
         scores = tape.op(f"{name}.scores", operands, scores_size, saves=operands, frees=operands)
         masked = tape.op(f"{name}.mask", [scores], scores_size, saves=[shared["mask"]], frees=[scores])
         # Autocast runs softmax in fp32 on a GPU, in 16 bits on a CPU (torch/amp: the lists of each device).
@@ -281,12 +275,15 @@ class Program:
             p = tape.op(f"{name}.dropout", [p], p.grad_bytes, saves_new=[("mask", scores_elements)], frees=[p])
         if widened:
             p = tape.op(f"{name}.narrow", [p], scores_size, frees=[p])
-        v_copy = tape.op(f"{name}.v.copy", [v], q_size, frees=[v])
-        context = tape.op(
-            f"{name}.context", [p, v_copy], q_size, saves=[p, v_copy], frees=[p, v_copy],
-            workspace_bytes=2 * q_size if fused_qkv else 0,
-        )  # fmt: skip
+        v = self._contiguous(f"{name}.v", v, q_size)
+        context = tape.op(f"{name}.context", [p, v], q_size, saves=[p, v], frees=[p, v])
         return tape.op(f"{name}.join", [context], q_size, frees=[context])
+
+    def _contiguous(self, name: str, value: Value, size_bytes: int) -> Value:
+        """A copy as [batch, heads, sequence, head_dim], which repeated keys and values are already; ends the name."""
+        if self.shape.kv_heads != self.shape.heads and not name.endswith(".q"):
+            return value
+        return self.tape.op(f"{name}.copy", [value], size_bytes, frees=[value])
 
     def _mlp(self, name: str, h: Value) -> Value:
         """Ends ``h``'s local name."""

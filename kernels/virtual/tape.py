@@ -44,7 +44,7 @@ class Value:
 class _Step:
     name: str
     inputs: tuple[Value, ...]
-    output: Value
+    outputs: tuple[Value, ...]
     saved: tuple[Storage, ...]
     weight_grads: tuple[WeightGrad, ...]
     workspace_bytes: int
@@ -153,7 +153,7 @@ class Tape:
             _Step(
                 name,
                 tuple(v for v in inputs if v.grad_bytes),
-                output,
+                (output,),
                 tuple(saved),
                 tuple(weight_grads),
                 workspace_bytes,
@@ -167,10 +167,16 @@ class Tape:
         self.free(*frees)
         return output
 
-    def view(self, value: Value) -> Value:
-        """Another local name for ``value``'s storage and gradient."""
-        value.storage.references += 1
-        return value
+    def split(self, name: str, value: Value, parts: int) -> tuple[Value, ...]:
+        """Views of equal parts of ``value``, one local name each; their gradients are joined in a new tensor.
+
+        ``value``'s local name ends here.
+        """
+        views = tuple(Value(value.storage, value.grad_bytes // parts) for _ in range(parts))
+        value.storage.references += parts
+        self._record(_Step(name, (value,), views, (), (), 0, False, None))
+        self.free(value)
+        return views
 
     def free(self, *values: Value) -> None:
         """Local names end."""
@@ -187,7 +193,7 @@ class Tape:
         was, self.saving = self.saving, False
         output = run(self, x)
         self.saving = was
-        self._record(_Step(name, (x,), output, (x.storage,), (), 0, False, run))
+        self._record(_Step(name, (x,), (output,), (x.storage,), (), 0, False, run))
         self.free(x)
         return output
 
@@ -203,18 +209,18 @@ class Tape:
     def _walk(self, gradients: dict[Value, Storage]) -> None:
         while self._steps:
             step = self._steps.pop()
-            incoming = gradients.pop(step.output, None)
-            if incoming is None:
+            incoming = [gradients.pop(o) for o in step.outputs if o in gradients]
+            if not incoming:
                 self._drop_saved(step)
                 continue
             if step.recompute is not None:
-                self._recompute(step, incoming, gradients)
+                self._recompute(step, incoming[0], gradients)
                 continue
             made = []
             for value in step.inputs:
                 # A sum passes its gradient on as it is, unless it must be narrowed first.
-                passed = step.passes_gradient and value.grad_bytes == step.output.grad_bytes
-                storage = incoming if passed else self._allocate(value.grad_bytes, step.name, _gradient_kind(value))
+                passed = step.passes_gradient and value.grad_bytes == step.outputs[0].grad_bytes
+                storage = incoming[0] if passed else self._allocate(value.grad_bytes, step.name, _gradient_kind(value))
                 storage.references += 1
                 made.append((value, storage))
             computed = [
@@ -222,7 +228,8 @@ class Tape:
                 for g in step.weight_grads
             ]
             self._look(step.name, step.workspace_bytes)
-            self._release(incoming)
+            for storage in incoming:
+                self._release(storage)
             self._drop_saved(step)
             for grad, storage in zip(step.weight_grads, computed, strict=True):
                 self._keep_gradient(grad, storage)
@@ -233,7 +240,7 @@ class Tape:
         assert step.recompute is not None
         (x,) = step.inputs
         outer, self._steps = self._steps, []
-        self.view(x)
+        x.storage.references += 1
         output = step.recompute(self, x)
         self.free(output)
         inner = {output: incoming}

@@ -59,7 +59,8 @@ def train(arguments: argparse.Namespace) -> int:
         raise  # the reader of our output, not the folder
     except OSError as error:
         raise TrainingError(
-            f"{error.filename or folder.path}: {error.strerror or error}; checkpoints are as they were: go on with --resume"
+            f"{error.filename or folder.path}: {error.strerror or error}; checkpoints are as they were: "
+            "go on with --resume"
         ) from error
     finally:
         folder.close()
