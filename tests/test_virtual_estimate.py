@@ -143,6 +143,14 @@ def test_control_a_tensor_the_program_forgets_is_noticed(monkeypatch: pytest.Mon
     assert walked(shape, work)[0] < right
 
 
+def test_control_a_tape_that_frees_nothing_in_the_backward_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, work = replace(PRESETS["vb-tiny"], layers=3), Workload(2, 64, device="cpu", checkpointing=True)
+    right = measured(shape, work, 512).peak
+    assert walked(shape, work, 512)[1].peak.size_bytes == pytest.approx(right, rel=0.001)
+    monkeypatch.setattr(Tape, "_drop_saved", lambda self, step: None)
+    assert walked(shape, work, 512)[1].peak.size_bytes > 1.04 * right
+
+
 def test_korthikantis_formula() -> None:
     """Per block, 16 bits, dropout: s b h (34 + 5 a s / h) bytes; norm statistics and the shared mask aside."""
     shape = PRESETS["gpt2-xl"]

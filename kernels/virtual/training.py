@@ -277,7 +277,15 @@ class Trainer:
 
     def _memory_line(self) -> str:
         where = "GPU" if self._device.type == "cuda" else "process"
-        return f"{where} peak {self._memory_bytes() / 1e9:.2f} GB"
+        line = f"{where} peak {show_bytes(self._memory_bytes())}"
+        if self._tiered is not None:
+            now, stats = self._tiered.plan(), self._tiered.stats()
+            host = now["pinned_weight_bytes"] + now["pinned_gradient_bytes"]
+            line += (
+                f", on the device {show_bytes(now['device_bytes'])} of weights, on the host {show_bytes(host)}; moved "
+                f"{show_bytes(stats['to_device_bytes'])} in, {show_bytes(stats['to_host_bytes'])} out"
+            )
+        return line
 
 
 _NAN_ADVICE = "The last checkpoint is from before; resume it with a smaller --lr in a new folder, or check the data"
