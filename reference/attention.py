@@ -8,6 +8,7 @@ Layout BHSD: q [b, hq, sq, d], k and v [b, hk, sk, d]. Query head h reads key he
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,13 +19,46 @@ from vbench.reference.sampling import generator, sample_rows, torch_dtype
 from vbench.spec import Case, Expected, Numerics
 
 
-def visible(causal: str, rows: Tensor, sq: int, sk: int) -> Tensor:
+def visible(causal: str, rows: Tensor, sq: int, sk: int, window: int = 0) -> Tensor:
     """bool [len(rows), sk]: may query ``rows[i]`` attend to key j."""
-    keys = torch.arange(sk, device=rows.device)
-    if causal == "none":
-        return torch.ones(len(rows), sk, dtype=torch.bool, device=rows.device)
-    shift = 0 if causal == "top_left" else sk - sq
-    return keys[None, :] <= rows[:, None] + shift
+    shift = sk - sq if causal == "bottom_right" else 0
+    above = torch.arange(sk, device=rows.device)[None, :] - rows[:, None] - shift
+    seen = above <= 0 if causal != "none" else torch.ones_like(above, dtype=torch.bool)
+    return seen & (above.abs() < window) if window else seen
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRule:
+    """What becomes of q k^T: scaled by 1/sqrt(d), capped, masked."""
+
+    causal: str
+    window: int = 0
+    softcap: int = 0
+
+    @classmethod
+    def of(cls, case: Case) -> ScoreRule:
+        return cls(case.text("causal"), case.axis("window"), case.axis("softcap"))
+
+    def seen(self, rows: Tensor, sq: int, sk: int) -> Tensor:
+        """bool [len(rows), sk], see ``visible``."""
+        return visible(self.causal, rows, sq, sk, self.window)
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """Scaled and capped scores of q [m, d] and k [n, d], not masked."""
+        z = (q @ k.T) * q.shape[1] ** -0.5
+        return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
+
+    def slope(self, z: Tensor) -> Tensor:
+        """d capped / d scaled, at capped scores ``z``."""
+        return 1 - (z / self.softcap) ** 2 if self.softcap else torch.ones_like(z)
+
+    @property
+    def cap_error(self) -> float:
+        """Absolute error of a capped score besides that of the product, which tanh does not enlarge.
+
+        tanh y = 1 - 2 / (1 + exp(2 y)): 2 times (2^-22 of ex2.approx and as much of the division), times the cap.
+        """
+        return self.softcap * 2.0**-20
 
 
 #: Scores of one slice of query rows, in elements: 128 MiB of float64 bounds what long sequences allocate at once.
@@ -53,7 +87,7 @@ def lay_out(t_BHSD: Tensor, layout: str) -> Tensor:
     return t_BHSD.contiguous()
 
 
-def attention_float64(causal: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> tuple[Tensor, Tensor]:
+def attention_float64(rule: ScoreRule, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> tuple[Tensor, Tensor]:
     """out [b, hq, sq, d] and lse [b, hq, sq] in float64; a row with nothing to attend to gives 0 and -inf.
 
     Query rows go in slices, one head at a time, so that scores of a long sequence fit memory.
@@ -66,8 +100,8 @@ def attention_float64(causal: str, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tenso
         for h in range(hq):
             k, v = (t[i, h // (hq // hk)].double() for t in (k_BHSD, v_BHSD))
             for rows in row_slices(sq, sk, q_BHSD.device):
-                z = (q_BHSD[i, h, rows].double() @ k.T) * d**-0.5
-                z = z.masked_fill(~visible(causal, rows, sq, sk), -torch.inf)
+                z = rule.scores(q_BHSD[i, h, rows].double(), k)
+                z = z.masked_fill(~rule.seen(rows, sq, sk), -torch.inf)
                 lse[i, h, rows] = torch.logsumexp(z, dim=1)
                 weights = torch.softmax(z, dim=1)
                 # softmax over nothing is 0/0; the op defines that row as 0.
@@ -110,7 +144,8 @@ def attention_oracle(
     """out and lse in float64 with budgets.
 
     With z = scaled scores, m their row maximum, P the weights and A = P |V|:
-      delta = scale sum_factor(d) |q||k| + 2 u32 (|z - m| + |m|)     error of a score as the exponent sees it
+      delta = scale sum_factor(d) |q||k| + 2 u32 (|z - m| + |m|)     error of a score as the exponent sees it,
+              + softcap 2^-20 where scores are capped
       e     = 2 max delta + 2^-22                                    relative error of a weight (ex2.approx: 2^-22)
       out   : (u_P + e + LAMBDA sqrt(sk) u_acc) A + e |out| + u_out |out|
       lse   : max delta + 2^-22 + LAMBDA sqrt(sk) u32 + 4 u32 (1 + |lse|)
@@ -118,13 +153,13 @@ def attention_oracle(
     its subnormal floor 2^-25 sum |V|, the normaliser being at least 1.
     """
     b, hq, hk, sq, sk, d = (case.axis(name) for name in ("b", "hq", "hk", "sq", "sk", "d"))
-    causal, out_name = case.text("causal"), case.text("dtype")
+    rule, out_name = ScoreRule.of(case), case.text("dtype")
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     device = q.device
     picked = sample_rows(case, sq, max_rows)
     rows = torch.arange(sq) if picked is None else picked
     rows = rows.to(device)
-    mask = visible(causal, rows, sq, sk)
+    mask = rule.seen(rows, sq, sk)
     scale = d**-0.5
     u32, u_p, u_out = UNIT_ROUNDOFF["fp32"], UNIT_ROUNDOFF[numerics.probabilities], UNIT_ROUNDOFF[out_name]
     u_acc = UNIT_ROUNDOFF["fp32" if numerics.accumulate == "tf32" else numerics.accumulate]
@@ -144,14 +179,14 @@ def attention_oracle(
         for h in range(hq):
             kv = h // (hq // hk)
             q64, k64, v64 = q[i, h][rows].double(), k[i, kv].double(), v[i, kv].double()
-            z = (q64 @ k64.T) * scale
+            z = rule.scores(q64, k64)
             z = z.masked_fill(~mask, -torch.inf)
             m = torch.where(alive, z.amax(dim=1), 0.0)
             p = torch.exp(z - m[:, None])
             total = p.sum(dim=1)
             p = p / total.clamp(min=1e-300)[:, None]
             delta = scale * sum_factor(d, numerics.accumulate) * (q64.abs() @ k64.abs().T)
-            delta = delta + 2 * u32 * ((z - m[:, None]).abs() + m.abs()[:, None])
+            delta = delta + rule.cap_error + 2 * u32 * ((z - m[:, None]).abs() + m.abs()[:, None])
             # A weight below 2^-60 of the row's largest cannot move the output by one part in 2^50 of the budget's
             # other terms, however wrong its exponent is relatively; leaving it out keeps far-off keys from widening e.
             worst = torch.where(mask & (z - m[:, None] > -42.0), delta, 0.0).amax(dim=1)
@@ -176,8 +211,8 @@ def attention_oracle(
     why_out = ""
     if not bool(alive.any()):
         why_out = "every row is masked, so zeros are right"
-    elif sk == 1:
-        why_out = "one key: the output is V"
+    elif int(mask.sum(dim=1).amax()) == 1:
+        why_out = "no row sees more than one key: the output is V"
     elif case.text("dist") == "constant_v":
         why_out = "constant V: any convex combination is right"
     return {

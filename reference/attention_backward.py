@@ -3,6 +3,7 @@
 Layout BHSD as in ``attention.py``. With scale = 1/sqrt(d), z = scale q k^T, and sums over what is visible:
   p = exp(z - lse), delta_i = sum_d out dout, t = dout v^T - delta + dlse, ds = p t
   dq = scale ds k, dk = scale ds^T q, dv = p^T dout
+Capped scores z = c tanh(z' / c) multiply ds by the slope 1 - (z / c)^2.
 (Dao et al., FlashAttention, 2022, appendix B.2; d lse_i / d z_ij = p_ij gives the dlse term.)
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vbench.reference.attention import attention_float64, attention_inputs, lay_out, row_slices, visible
+from vbench.reference.attention import ScoreRule, attention_float64, attention_inputs, lay_out, row_slices
 from vbench.reference.budget import LAMBDA, UNDERFLOW, UNIT_ROUNDOFF, sum_factor
 from vbench.reference.sampling import generator, sample_rows, torch_dtype
 from vbench.spec import Case, Expected, Numerics
@@ -38,7 +39,7 @@ def backward_inputs(case: Case, device: str) -> dict[str, Any]:
     """
     inputs = attention_inputs(case, device)
     q, layout = inputs["q"], case.text("layout")
-    out, lse = attention_float64(case.text("causal"), q, inputs["k"], inputs["v"])
+    out, lse = attention_float64(ScoreRule.of(case), q, inputs["k"], inputs["v"])
     dout = torch.randn(q.shape, generator=generator(case, "dout")).to(q.dtype).to(device)
     inputs |= {"out": lay_out(out.to(q.dtype), layout), "lse": lse.float(), "dout": lay_out(dout, layout)}
     if case.axis("dlse"):
@@ -57,10 +58,10 @@ class _Head:
     dout: Tensor
     lse: Tensor
     shift: Tensor
-    causal: str
+    rule: ScoreRule
 
     @classmethod
-    def of(cls, causal: str, inputs: Mapping[str, Any], batch: int, head: int) -> _Head:
+    def of(cls, rule: ScoreRule, inputs: Mapping[str, Any], batch: int, head: int) -> _Head:
         hq, hk = inputs["q"].shape[1], inputs["k"].shape[1]
         kv_head = head // (hq // hk)
         q, out, dout, lse = (inputs[name][batch, head].double() for name in ("q", "out", "dout", "lse"))
@@ -68,19 +69,18 @@ class _Head:
         shift = (out * dout).sum(dim=1)
         if "dlse" in inputs:
             shift = shift - inputs["dlse"][batch, head].double()
-        return cls(q, k, v, out, dout, torch.where(lse == -torch.inf, torch.inf, lse), shift, causal)
+        return cls(q, k, v, out, dout, torch.where(lse == -torch.inf, torch.inf, lse), shift, rule)
 
     def block(self, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(seen, z, p, t), each [len(rows), len(keys)]; z and t are 0, not infinite, where nothing is seen."""
-        sq, sk, d = len(self.q), len(self.k), self.q.shape[1]
-        seen = visible(self.causal, rows, sq, sk)[:, keys]
-        z = (self.q[rows] @ self.k[keys].T) * d**-0.5
+        seen = self.rule.seen(rows, len(self.q), len(self.k))[:, keys]
+        z = self.rule.scores(self.q[rows], self.k[keys])
         p = torch.where(seen, torch.exp(z - self.lse[rows, None]), 0.0)
         t = torch.where(seen, self.dout[rows] @ self.v[keys].T - self.shift[rows, None], 0.0)
         return seen, torch.where(seen, z, 0.0), p, t
 
 
-def backward_float64(causal: str, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+def backward_float64(rule: ScoreRule, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """dq [b, hq, sq, d], dk and dv [b, hk, sk, d] in float64, query rows in slices as in ``attention_float64``."""
     q, k = inputs["q"], inputs["k"]
     (b, hq, sq, d), (_, hk, sk, _) = q.shape, k.shape
@@ -89,10 +89,10 @@ def backward_float64(causal: str, inputs: Mapping[str, Any]) -> dict[str, Tensor
     keys = torch.arange(sk, device=q.device)
     for i in range(b):
         for h in range(hq):
-            head, kv_head = _Head.of(causal, inputs, i, h), h // (hq // hk)
+            head, kv_head = _Head.of(rule, inputs, i, h), h // (hq // hk)
             for rows in row_slices(sq, sk, q.device):
-                _, _, p, t = head.block(rows, keys)
-                ds = p * t
+                _, z, p, t = head.block(rows, keys)
+                ds = p * t * rule.slope(z)
                 dq[i, h, rows] = (ds @ head.k) * d**-0.5
                 dk[i, kv_head] += (ds.T @ head.q[rows]) * d**-0.5
                 dv[i, kv_head] += p.T @ head.dout[rows]
@@ -146,10 +146,10 @@ class _Bound:
         if not self.numerics.own_forward:
             return worst
         for rows in row_slices(sq, sk, head.q.device):
-            seen = visible(head.causal, rows, sq, sk)
+            seen = head.rule.seen(rows, sq, sk)
             magnitude = (head.q[rows].abs() @ head.k.abs().T) * d**-0.5
             worst[rows] = sum_factor(d, self.numerics.accumulate) * torch.where(seen, magnitude, 0.0).amax(dim=1)
-        return worst
+        return worst + head.rule.cap_error
 
     def errors(
         self, head: _Head, worst: Tensor, rows: Tensor, keys: Tensor, seen: Tensor, z: Tensor, p: Tensor, t: Tensor
@@ -159,6 +159,7 @@ class _Bound:
         q, dout = head.q[rows].abs(), head.dout[rows].abs()
         lse = torch.where(head.lse[rows] == torch.inf, 0.0, head.lse[rows]).abs()[:, None]
         score = d**-0.5 * sum_factor(d, accumulate) * (q @ head.k[keys].abs().T) + 3 * U32 * (z.abs() + lse)
+        score = score + head.rule.cap_error
         relative = torch.expm1(score + worst[rows, None]) + 2.0**-22
         delta = sum_factor(d, accumulate) * (head.out[rows].abs() * dout).sum(dim=1)
         if self.numerics.own_forward:
@@ -169,7 +170,12 @@ class _Bound:
         gradient = gradient + 4 * U32 * (t.abs() + head.shift[rows].abs()[:, None])
         flushed = torch.where(seen, FLUSH, 0.0)
         p_error = p * relative + flushed
-        return p_error, p_error * t.abs() + (p + p_error) * gradient + flushed
+        ds_error = p_error * t.abs() + (p + p_error) * gradient
+        if head.rule.softcap:
+            # The slope is 1 - (z / cap)^2, at most 1.
+            slope_error = 2 * (z / head.rule.softcap).abs() * score / head.rule.softcap + 2 * U32
+            ds_error = ds_error + (p * t.abs() + ds_error) * slope_error
+        return p_error, ds_error + flushed
 
 
 def backward_oracle(
@@ -185,12 +191,13 @@ def backward_oracle(
       dk : as dq with q for k, summed over sq group terms
     R(u, a, x) = u min(sum|a||x|, LAMBDA sqrt(sum a^2 x^2)): roundings of P and dS to the dtype declared as
     ``probabilities``, independent but where the distribution makes whole rows equal (then the first alone). fp16 adds
-    R(2^-25, 1, x); p and ds may be flushed to 0 below 2^-126. out and lse are read as given, so their own rounding
-    separates a kernel from this oracle only where it declares ``own_forward``: then e takes the row's worst score error
-    too and E gains (u_out + u_P + 2 worst) max|v| sum|dout|.
+    R(2^-25, 1, x); p and ds may be flushed to 0 below 2^-126; capped scores add c 2^-20 to a score and the error of
+    their slope to ds. out and lse are read as given, so their own rounding separates a kernel from this oracle only
+    where it declares ``own_forward``: then e takes the row's worst score error too and E gains
+    (u_out + u_P + 2 worst) max|v| sum|dout|.
     """
     b, hq, hk, sq, sk, d = (case.axis(name) for name in ("b", "hq", "hk", "sq", "sk", "d"))
-    causal, out_name, group = case.text("causal"), case.text("dtype"), hq // hk
+    rule, out_name, group = ScoreRule.of(case), case.text("dtype"), hq // hk
     device = inputs["q"].device
     bound = _Bound(numerics, out_name, case.text("dist") in INDEPENDENT)
     picked_rows, picked_keys = (sample_rows(case, n, max_rows) for n in (sq, sk))
@@ -207,17 +214,19 @@ def backward_oracle(
     for i in range(b):
         for h in range(hq):
             kv_head = h // group
-            head = _Head.of(causal, inputs, i, h)
+            head = _Head.of(rule, inputs, i, h)
             worst = bound.row_worst(head)
             seen, z, p, t = head.block(rows, all_keys)
             _, ds_error = bound.errors(head, worst, rows, all_keys, seen, z, p, t)
-            dq[i, h] = scale * ((p * t) @ head.k)
-            dq_bound[i, h] = bound.stored(scale * bound.products(sk, p * t, ds_error, seen, head.k), dq[i, h])
+            ds = p * t * rule.slope(z)
+            dq[i, h] = scale * (ds @ head.k)
+            dq_bound[i, h] = bound.stored(scale * bound.products(sk, ds, ds_error, seen, head.k), dq[i, h])
             seen, z, p, t = head.block(all_rows, keys)
             p_error, ds_error = bound.errors(head, worst, all_rows, keys, seen, z, p, t)
-            dk[i, kv_head] += scale * ((p * t).T @ head.q)
+            ds = p * t * rule.slope(z)
+            dk[i, kv_head] += scale * (ds.T @ head.q)
             dv[i, kv_head] += p.T @ head.dout
-            dk_bound[i, kv_head] += scale * bound.products(terms, (p * t).T, ds_error.T, seen.T, head.q)
+            dk_bound[i, kv_head] += scale * bound.products(terms, ds.T, ds_error.T, seen.T, head.q)
             dv_bound[i, kv_head] += bound.products(terms, p.T, p_error.T, seen.T, head.dout)
     dk_bound, dv_bound = bound.stored(dk_bound, dk), bound.stored(dv_bound, dv)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vbench.backend import Device, Kernel, Launch
 from vbench.errors import Unsupported
-from vbench.reference.attention import attention_float64
+from vbench.reference.attention import ScoreRule, attention_float64
 from vbench.reference.attention_backward import backward_float64
 from vbench.reference.block import block_float64
 from vbench.reference.fetch import fetched
@@ -101,10 +101,10 @@ def make_linear(case: Case, variant: str, device: Device) -> Kernel:
 def make_attention(case: Case, variant: str, device: Device) -> Kernel:
     """q, k, v (BHSD) -> out in their dtype and lse float32, one rounding each."""
     _only_default(variant)
-    causal = case.text("causal")
+    rule = ScoreRule.of(case)
 
     def compute(inputs: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        out, lse = attention_float64(causal, inputs["q"], inputs["k"], inputs["v"])
+        out, lse = attention_float64(rule, inputs["q"], inputs["k"], inputs["v"])
         return {"out": out, "lse": lse}
 
     return OracleKernel(compute, ("out", "lse"))
@@ -113,8 +113,8 @@ def make_attention(case: Case, variant: str, device: Device) -> Kernel:
 def make_attention_backward(case: Case, variant: str, device: Device) -> Kernel:
     """q, k, v, out, lse, dout (and dlse) -> dq, dk, dv in their dtype, one rounding each."""
     _only_default(variant)
-    causal = case.text("causal")
-    return OracleKernel(lambda inputs: backward_float64(causal, inputs), ("dq", "dk", "dv"))
+    rule = ScoreRule.of(case)
+    return OracleKernel(lambda inputs: backward_float64(rule, inputs), ("dq", "dk", "dv"))
 
 
 def make_tier_stack(case: Case, variant: str, device: Device) -> Kernel:

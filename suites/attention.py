@@ -48,6 +48,20 @@ def _checks() -> tuple[Case, ...]:
             op.case(dtype=dtype, causal="top_left", layout=layout, b=2, hq=2, hk=1, sq=17, sk=19, d=d)
             for dtype, (layout, d) in product(DTYPES, (("bshd", 16), ("padded", 16), ("padded", 20)))
         ),
+        # Windows narrower and wider than a tile, with and without a causal mask; capped scores, some at the cap.
+        *(
+            op.case(dtype=dtype, causal=causal, window=window, softcap=softcap, hq=1, hk=1, sq=sq, sk=sk, d=16)
+            for dtype, (causal, window, softcap, sq, sk) in product(
+                DTYPES,
+                (
+                    ("none", 5, 0, 33, 40),
+                    ("top_left", 40, 0, 70, 50),
+                    ("bottom_right", 9, 2, 33, 70),
+                    ("none", 0, 30, 20, 20),
+                ),
+            )
+        ),
+        op.case(dtype="fp32", dist="large_logits", softcap=50, hq=1, hk=1, sq=17, sk=33, d=16),
         # All of that at once, small enough for a simulator.
         *(
             op.case(dtype=dtype, causal=causal, layout="padded", hq=2, hk=1, sq=9, sk=5, d=6)
@@ -92,6 +106,14 @@ def _backward_checks() -> tuple[Case, ...]:
             for dtype, dist in product(DTYPES, ATTENTION_DISTRIBUTIONS)
             if dist != "normal"
         ),
+        # Windows and capped scores, as in the forward.
+        *(
+            case(dtype=dtype, causal=causal, window=window, softcap=softcap, dlse=1, hq=1, hk=1, sq=sq, sk=sk, d=16)
+            for dtype, (causal, window, softcap, sq, sk) in product(
+                DTYPES, (("none", 5, 0, 33, 40), ("top_left", 40, 0, 70, 50), ("bottom_right", 9, 2, 33, 70))
+            )
+        ),
+        case(dtype="fp32", dist="large_logits", softcap=50, hq=1, hk=1, sq=17, sk=33, d=16),
         # What must be refused.
         case(hq=3, hk=2, sq=4, sk=4, d=16),
         case(hq=1, hk=1, sq=0, sk=4, d=16),

@@ -10,7 +10,9 @@ from hypothesis import assume, given, settings
 from torch import Tensor
 
 from vbench import check
-from vbench.reference.attention import attention_inputs, lay_out, visible
+from vbench.backend import refuse_beyond
+from vbench.errors import Unsupported
+from vbench.reference.attention import ScoreRule, attention_inputs, lay_out
 from vbench.reference.attention_backward import backward_float64, backward_inputs, backward_oracle
 from vbench.reference.ops.attention import ATTENTION, ATTENTION_BACKWARD, LAYOUTS, forward_flops
 from vbench.spec import Case, Numerics
@@ -25,9 +27,12 @@ def autograd(case: Case, inputs: dict[str, Any], dtype: torch.dtype) -> dict[str
     q, k, v = (inputs[name].to(dtype).clone().requires_grad_() for name in "qkv")
     group, sq, sk = case.axis("hq") // case.axis("hk"), case.axis("sq"), case.axis("sk")
     keys, values = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    seen = visible(case.text("causal"), torch.arange(sq), sq, sk)
+    seen = ScoreRule.of(case).seen(torch.arange(sq), sq, sk)
     alive = seen.any(dim=1)
-    z = (q @ keys.transpose(-1, -2) * case.axis("d") ** -0.5).masked_fill(~seen, -torch.inf)[:, :, alive]
+    z = q @ keys.transpose(-1, -2) * case.axis("d") ** -0.5
+    if case.axis("softcap"):
+        z = case.axis("softcap") * torch.tanh(z / case.axis("softcap"))
+    z = z.masked_fill(~seen, -torch.inf)[:, :, alive]
     loss = ((torch.softmax(z, dim=-1) @ values) * inputs["dout"][:, :, alive].to(dtype)).sum()
     if "dlse" in inputs:
         loss = loss + (torch.logsumexp(z, dim=-1) * inputs["dlse"][:, :, alive].to(dtype)).sum()
@@ -49,7 +54,7 @@ def test_oracle_is_the_gradient_and_admits_fp32(case: Case) -> None:
     assume(ATTENTION_BACKWARD.reject(case) is None)
     inputs = backward_inputs(case, "cpu")
     exact = autograd(case, inputs, torch.float64)
-    mine = backward_float64(case.text("causal"), inputs)
+    mine = backward_float64(ScoreRule.of(case), inputs)
     for name, want in backward_oracle(case, inputs, FP32, None).items():
         torch.testing.assert_close(mine[name], want.value, rtol=1e-10, atol=1e-12)
     # out and lse are rounded, for which FP32's own_forward allows.
@@ -74,7 +79,7 @@ def as_a_kernel(inputs: dict[str, Any], fault: str = "") -> dict[str, Tensor]:
         k2, v2 = k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1)
     scale = 32**-0.5
     alignment = "top_left" if fault == "other diagonal" else "bottom_right"
-    seen = visible(alignment, torch.arange(70), 70, 90)
+    seen = ScoreRule(alignment).seen(torch.arange(70), 70, 90)
     if fault == "last key dropped":
         seen[:, 89] = False
     p = torch.where(seen, torch.exp(q @ k2.transpose(-1, -2) * scale - lse[..., None]), 0.0)
@@ -129,7 +134,7 @@ def test_equal_roundings_are_allowed_for_only_where_they_occur(dist: str) -> Non
     case = ATTENTION_BACKWARD.case(dtype="bf16", dist=dist, hq=1, hk=1, sq=256, sk=64, d=16)
     inputs = backward_inputs(case, "cpu")
     inputs["dout"] = inputs["dout"].abs()
-    pushed = backward_float64("none", inputs)
+    pushed = backward_float64(ScoreRule("none"), inputs)
     pushed["dv"] = pushed["dv"] * (1 + 2.0**-8)
     worst = over_budget(case, inputs, pushed, Numerics("tensor_core", (), "bf16"))
     assert (worst > 1) == (dist == "normal")
@@ -178,6 +183,36 @@ def test_layout_is_left_out_of_the_id_where_it_was_always_so() -> None:
     assert "layout=bshd" in moved.id and plain.text("layout") == "bhsd"
     assert all(ATTENTION.parse(case.id) == case for case in (plain, moved))
     assert attention_inputs(plain, "cpu")["q"].is_contiguous()
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(7, 0), (0, 3)])
+def test_a_kernel_without_the_window_or_the_cap_is_caught(window: int, softcap: int) -> None:
+    case = ATTENTION_BACKWARD.case(dtype="bf16", window=window, softcap=softcap, hq=1, hk=1, sq=40, sk=40, d=16)
+    inputs = backward_inputs(case, "cpu")
+    plain = backward_float64(ScoreRule("none"), inputs)
+    assert over_budget(case, inputs, plain, Numerics("tensor_core", ("bf16",), "bf16")) > 1
+
+
+def test_a_cap_whose_slope_is_forgotten_is_caught() -> None:
+    case = ATTENTION_BACKWARD.case(dtype="bf16", softcap=2, hq=1, hk=1, sq=40, sk=40, d=16)
+    inputs = backward_inputs(case, "cpu")
+
+    class Flat(ScoreRule):
+        def slope(self, z: Tensor) -> Tensor:
+            return torch.ones_like(z)
+
+    wrong = backward_float64(Flat("none", softcap=2), inputs)
+    assert over_budget(case, inputs, wrong, Numerics("tensor_core", ("bf16",), "bf16")) > 1
+
+
+def test_unknown_parameters_are_refused_unless_at_their_default() -> None:
+    """The control of ``refuse_beyond``: a kernel that knows no window must not take one."""
+    case = ATTENTION.case(hq=1, hk=1, sq=4, sk=4, d=8)
+    known = ("dtype", "causal", "dist", "b", "hq", "hk", "sq", "sk", "d")
+    refuse_beyond(case, known)
+    with pytest.raises(Unsupported) as caught:
+        refuse_beyond(ATTENTION.case(window=2, hq=1, hk=1, sq=4, sk=4, d=8), known)
+    assert caught.value.rule == "parameter_not_taken" and "window=2" in caught.value.message
 
 
 def test_flops_are_two_and_a_half_forwards() -> None:

@@ -146,6 +146,10 @@ def test_attention_oracle_is_softmax_and_admits_fp32(
     torch.testing.assert_close(want["out"].value, out, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(want["lse"].value, lse, rtol=1e-9, atol=1e-12)
     assert int(mask.sum()) == attended_pairs(causal, sq, sk)
+    for window in (1, 3, 30):
+        near = attention.visible(causal, torch.arange(sq), sq, sk, window)
+        assert int(near.sum()) == attended_pairs(causal, sq, sk, window)
+        assert not bool((near & ~mask).any()) and (window < sq + sk or torch.equal(near, mask))
     z32 = (inputs["q"].float() @ k.float().transpose(-1, -2) * d**-0.5).masked_fill(~mask, -torch.inf)
     got = (torch.softmax(z32, -1).nan_to_num(0.0) @ v.float()).to(want["out"].dtype)
     error = (got.double() - want["out"].value).abs()

@@ -6,10 +6,7 @@ must be set before Triton's import. What the kernels compile to is the business 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any
 
 import pytest
@@ -182,21 +179,6 @@ def law(name: str) -> bool:
 # --- here ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    """One child process with the interpreter on."""
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-    pool.submit(os.getpid).result(timeout=60)  # the child is up and has copied the environment
-    if before is None:
-        del os.environ["TRITON_INTERPRET"]
-    else:
-        os.environ["TRITON_INTERPRET"] = before
-    yield pool
-    pool.shutdown()
-
-
 LENGTHS = st.sampled_from((1, 2, 15, 31, 32, 33, 63, 64, 65, 97))
 
 
@@ -208,6 +190,8 @@ def cases(draw: st.DrawFn) -> Case:
         dtype=draw(st.sampled_from(("bf16", "fp16", "fp32"))),
         causal=draw(st.sampled_from(("none", "top_left", "bottom_right"))),
         dist=draw(st.sampled_from(("normal", "uniform", "grid", "constant_v", "large_logits", "equal_keys"))),
+        window=draw(st.sampled_from((0, 0, 1, 20, 40, 70))),
+        softcap=draw(st.sampled_from((0, 0, 3, 50))),
         b=draw(st.integers(1, 2)),
         hq=group * hk,
         hk=hk,
@@ -233,6 +217,8 @@ def test_within_budget(interpreter: ProcessPoolExecutor, case: Case, layout: str
         {"dist": "large_logits", "dtype": "fp16", "sq": 40, "sk": 70, "d": 128},
         {"dist": "large_logits", "dtype": "fp32", "sq": 40, "sk": 70, "d": 64},
         {"b": 3, "hq": 6, "hk": 1, "sq": 33, "sk": 33, "d": 8},
+        {"causal": "bottom_right", "window": 33, "sq": 97, "sk": 129, "d": 16},  # edges on both sides of whole blocks
+        {"dist": "large_logits", "softcap": 50, "dtype": "fp32", "sq": 33, "sk": 40, "d": 16},
     ],
     ids=lambda params: "-".join(f"{key}{value}" for key, value in params.items()),
 )
@@ -287,6 +273,8 @@ def refused(call: Any) -> str:
         ("gluon_needs_cuda", {}, "gluon", "cpu"),
         ("gluon_dtype", {"dtype": "fp32"}, "gluon", "cuda"),
         ("gluon_head_dim", {"d": 80}, "gluon", "cuda"),
+        ("parameter_not_taken", {"window": 4}, "gluon", "cuda"),
+        ("parameter_not_taken", {"softcap": 4}, "gluon", "cuda"),
     ],
 )
 def test_refuses_case(
@@ -323,9 +311,9 @@ def test_refuses_block_of_more_than_32_bits(name: str, stride: int, fits: bool) 
     far = torch.empty_strided((1, 1, 4, 16), (4 * stride, 4 * stride, stride, 1), device="meta")
     tensors = dict.fromkeys(("q", "k", "v", "out"), small) | {name: far}
     if fits:
-        check_spans(tensors, 32, 16)
+        check_spans(tensors, 32, 16, walked=("k", "v"))
     else:
-        assert refused(lambda: check_spans(tensors, 32, 16)) == "block_span"
+        assert refused(lambda: check_spans(tensors, 32, 16, walked=("k", "v"))) == "block_span"
 
 
 def test_descriptor_rule() -> None:

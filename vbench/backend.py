@@ -7,11 +7,11 @@ no torch, no DSL, nothing printed. The DSL is imported inside kernel factories, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from vbench.errors import DataError
+from vbench.errors import DataError, Unsupported
 from vbench.spec import Case, Numerics
 
 Role = Literal["own", "peer", "subject"]
@@ -75,6 +75,20 @@ class Kernel(Protocol):
             vbench.errors.Unsupported: an input this kernel does not take.
         """
         ...
+
+
+def refuse_beyond(case: Case, known: Collection[str]) -> None:
+    """Refuse a case that sets a parameter of which a kernel knows nothing; for the head of a KernelFactory.
+
+    An op may gain parameters (``vbench.spec.Param.quiet``). At its default such a one changes nothing; a kernel written
+    before it must not ignore another value in silence.
+
+    Raises:
+        vbench.errors.Unsupported: ``parameter_not_taken``.
+    """
+    for name, value in case.params:
+        if name not in known and name not in case.unsaid:
+            raise Unsupported("parameter_not_taken", f"{name}={value}: this kernel does not take {name}; leave it out")
 
 
 #: ``(case, variant, device) -> Kernel``; raises Unsupported for a case it does not take, before any launch.

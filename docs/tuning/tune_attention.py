@@ -1,12 +1,15 @@
 """Measure the attention tiles on a GPU, beside PyTorch's own attention, and print one table.
 
-    python docs/tuning/tune_attention.py --out DIR [--quick]
+    python docs/tuning/tune_attention.py --out DIR [--quick] [--backward]
 
 Three stages. 1. *Probes*: every candidate tile, and a list of awkward shapes, compiled and checked against float64 in
 its own process, so that one that crashes or hangs loses only itself. 2. *Timing*: what passed, beside
 scaled_dot_product_attention on its cuDNN and flash backends, in interleaved rounds of CUDA-graph replays over rotated
 inputs larger than the L2 cache. 3. The table: TFLOP/s (4 b h sq sk d operations, half of that when causal) and ratios
 to the faster peer. Compare numbers of one run only.
+
+``--backward`` does the same for the plain backward (10 b h sq sk d operations), whose two kernels are timed apart: the
+best of each is picked by itself, and the table's own pair is timed whole.
 """
 
 from __future__ import annotations
@@ -36,6 +39,33 @@ GLUON = {
     64: ((128, 4, 2, 240, False), (128, 4, 3, 160, True), (64, 8, 3, 160, False)),
     128: ((128, 2, 2, 240, False), (64, 4, 2, 240, False)),
 }
+#: Of the backward, through descriptors: tiles of dQ, and of dK and dV.
+BACKWARD_QUERIES = {
+    64: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (64, 32, 4, 3)),
+    128: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2)),
+}
+BACKWARD_KEYS = {
+    64: ((64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3), (64, 128, 8, 2), (32, 128, 8, 3)),
+    128: ((64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 3), (64, 128, 8, 2), (32, 128, 8, 2)),
+}
+BACKWARD_LENGTHS = (1024, 4096, 16384)
+#: (dtype, causal, dlse, layout, dist, b, hq, hk, sq, sk, d)
+BACKWARD_AWKWARD = (
+    ("bf16", "none", 0, "bhsd", "normal", 2, 4, 2, 127, 129, 64),
+    ("bf16", "top_left", 1, "bshd", "normal", 1, 4, 1, 257, 300, 128),
+    ("fp16", "bottom_right", 1, "padded", "normal", 1, 2, 2, 300, 100, 80),
+    ("bf16", "bottom_right", 0, "bhsd", "normal", 1, 2, 1, 1, 1023, 128),
+    ("fp16", "none", 0, "padded", "normal", 1, 2, 2, 33, 65, 7),
+    ("bf16", "top_left", 0, "bhsd", "normal", 1, 2, 2, 200, 200, 256),
+    ("fp16", "bottom_right", 0, "bshd", "normal", 1, 2, 2, 200, 300, 250),
+    ("fp32", "bottom_right", 1, "bhsd", "normal", 1, 2, 1, 100, 150, 64),
+    ("fp32", "none", 0, "padded", "normal", 1, 2, 2, 65, 70, 200),
+    ("fp32", "top_left", 0, "bhsd", "large_logits", 1, 2, 2, 65, 70, 128),
+    ("fp16", "top_left", 0, "bhsd", "normal", 1, 1, 1, 40, 40, 16),
+    ("bf16", "bottom_right", 0, "bhsd", "large_logits", 2, 4, 2, 700, 900, 64),
+    ("bf16", "none", 0, "bhsd", "equal_keys", 1, 2, 2, 320, 192, 128),
+    ("bf16", "bottom_right", 1, "padded", "normal", 1, 8, 2, 130, 77, 33),
+)
 #: Shapes that no tile divides: (variant, dtype, causal, b, hq, hk, sq, sk, d, layout of the inputs in memory).
 AWKWARD = (
     ("", "bf16", "none", 2, 4, 2, 127, 129, 64, "bhsd"),
@@ -270,6 +300,180 @@ def label(kind: str, tile: Any) -> str:
     return kind + ":" + ("table" if tile is None else "-".join(str(int(part)) for part in tile))
 
 
+def backward_job(params: dict[str, Any], queries: Any, keys: Any) -> dict[str, Any]:
+    """A probe of the backward; ``queries`` and ``keys`` None: what the table says."""
+    return {"kind": "backward", "params": params, "queries": queries, "keys": keys}
+
+
+def backward_jobs(quick: bool) -> list[dict[str, Any]]:
+    names = ("dtype", "causal", "dlse", "layout", "dist", "b", "hq", "hk", "sq", "sk", "d")
+    jobs = [backward_job(dict(zip(names, shape, strict=True)), None, None) for shape in BACKWARD_AWKWARD]
+    for d in () if quick else (64, 128):
+        for causal in ("none", "top_left"):
+            sizes = {"causal": causal, "b": 2, "hq": 4, "hk": 4, "sq": 512, "sk": 512, "d": d}
+            for queries, keys in zip(BACKWARD_QUERIES[d], BACKWARD_KEYS[d], strict=True):
+                jobs.append(backward_job(sizes, queries, keys))
+    return jobs
+
+
+def bind_backward(case: Any, inputs: Any, out: Any, queries: Any, keys: Any) -> tuple[Any, ...]:
+    """The plain backward's three launches; tiles through descriptors, or None for what the table says."""
+    from vbench.kernels.triton.attention_backward import make
+    from vbench.kernels.triton.attention_backward_tiles import BackwardTiles
+    from vbench.kernels.triton.attention_tiles import Tile
+
+    kernel: Any = make(case, "", "cuda")
+    tiles, descriptors = kernel.plan(inputs)
+    if queries is not None:
+        tiles, descriptors = BackwardTiles(Tile(*queries), Tile(*keys)), True
+    parts: tuple[Any, ...] = kernel.bind_parts(inputs, out, tiles, descriptors)
+    return parts
+
+
+def in_turn(parts: tuple[Any, ...]) -> Any:
+    """One launch of several."""
+
+    def launch() -> None:
+        for part in parts:
+            part()
+
+    return launch
+
+
+def like_inputs(inputs: Any) -> Any:
+    """dq, dk and dv full of NaN."""
+    import torch
+
+    return {f"d{name}": torch.full_like(inputs[name], math.nan).contiguous() for name in "qkv"}
+
+
+def probe_backward(job: dict[str, Any]) -> dict[str, Any]:
+    """Run twice, compare bitwise and with the float64 oracle."""
+    import torch
+
+    from vbench.check import judge_outputs
+    from vbench.reference.attention_backward import backward_inputs, backward_oracle
+    from vbench.reference.ops.attention import ATTENTION_BACKWARD
+    from vbench.spec import Numerics
+
+    case = ATTENTION_BACKWARD.case(**job["params"])
+    inputs = backward_inputs(case, "cuda")
+    results = []
+    start = time.perf_counter()
+    for _ in range(2):
+        out = like_inputs(inputs)
+        for part in bind_backward(case, inputs, out, job["queries"], job["keys"]):
+            part()
+        torch.cuda.synchronize()
+        results.append(out)
+    seconds = time.perf_counter() - start
+    dtype = case.text("dtype")
+    numerics = Numerics(accumulate="fp32" if dtype == "fp32" else "tensor_core", probabilities=dtype)
+    error = judge_outputs(results[0], backward_oracle(case, inputs, numerics, None), ("dq", "dk", "dv")).error
+    same = all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    worst = math.inf if error is None else error.worst_over_budget
+    return {**job, "worst": worst, "same": same, "two_launches_s": round(seconds, 2)}
+
+
+def time_backward(d: int, causal: str, length: int, bad: set[Any], rounds: int, quick: bool) -> dict[str, Any]:
+    """Median seconds of the peers, the table's pair and each candidate kernel in one cell."""
+    import torch
+
+    from vbench.kernels.peers.sdpa_backward import PREPARE
+    from vbench.reference.ops.attention import ATTENTION_BACKWARD
+
+    b, h = TOKENS // length, HIDDEN // d
+    case = ATTENTION_BACKWARD.case(causal=causal, b=b, hq=h, hk=h, sq=length, sk=length, d=d)
+    flops = 10 * b * h * length * length * d * (1.0 if causal == "none" else 0.5)
+    repeats = max(2, 2 * round(0.5 * 6e-3 / (flops / 4e14)))
+    sets = []
+    for seed in range(2):
+        inputs = make_inputs(b, h, h, length, length, d, "bf16", seed)
+        inputs["dout"] = make_inputs(b, h, h, length, length, d, "bf16", seed + 2)["q"]
+        forward = torch.ops.aten._scaled_dot_product_flash_attention(*(inputs[n] for n in "qkv"), 0.0, causal != "none")
+        sets.append(inputs | {"out": forward[0].contiguous(), "lse": forward[1].contiguous()})
+    outs = [like_inputs(inputs) for inputs in sets]
+    graphs: dict[str, Any] = {}
+    for name in ("sdpa_cudnn", "sdpa_flash"):
+        prepare = PREPARE[name, "cuda"]
+        peers = [prepare(i["q"], i["k"], i["v"], i["dout"], causal != "none") for i in sets]
+        graphs[name[5:]] = graph_of(peers, repeats)
+    whole = [bind_backward(case, inputs, out, None, None) for inputs, out in zip(sets, outs, strict=True)]
+    graphs["table"] = graph_of([in_turn(parts) for parts in whole], repeats)
+    graphs["prepare"] = graph_of([parts[0] for parts in whole], repeats)
+    pairs = [] if quick else list(zip(BACKWARD_QUERIES[d], BACKWARD_KEYS[d], strict=True))
+    for queries, keys in pairs:
+        if (d, causal, queries, keys) in bad:
+            continue
+        bound = [bind_backward(case, inputs, out, queries, keys) for inputs, out in zip(sets, outs, strict=True)]
+        graphs[label("dq", queries)] = graph_of([parts[1] for parts in bound], repeats)
+        graphs[label("dkdv", keys)] = graph_of([parts[2] for parts in bound], repeats)
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    for graph in graphs.values():
+        graph.replay()
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch has no types
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            samples[name].append(start.elapsed_time(end) * 1e-3 / repeats)
+    seconds = {name: statistics.median(values) for name, values in samples.items()}
+    return {"d": d, "causal": causal, "s": length, "flops": flops, "seconds": seconds, "samples_s": samples}
+
+
+def show_backward(row: dict[str, Any]) -> str:
+    """One line: TFLOP/s of peers, of the table's pair and of the best pair put together; each kernel's milliseconds."""
+    seconds, flops = row["seconds"], row["flops"]
+    peer = min(seconds["cudnn"], seconds["flash"])
+    text = f"D{row['d']} {row['causal'][:4]} S{row['s']:5d} cudnn {flops / seconds['cudnn'] / 1e12:.0f}"
+    text += f" flash {flops / seconds['flash'] / 1e12:.0f}"
+    text += f" table {flops / seconds['table'] / 1e12:.0f} ({peer / seconds['table']:.2f})"
+    best = {
+        kind: sorted((s, name) for name, s in seconds.items() if name.startswith(kind)) for kind in ("dq:", "dkdv:")
+    }
+    if all(best.values()):
+        together = seconds["prepare"] + sum(found[0][0] for found in best.values())
+        text += f" best {flops / together / 1e12:.0f} ({peer / together:.2f})"
+    text += f" | prepare {seconds['prepare'] * 1e3:.3f} ms"
+    for found in best.values():
+        text += " | " + " ".join(f"{name}={s * 1e3:.3f}" for s, name in found)
+    return text
+
+
+def main_backward(arguments: Any) -> None:
+    """Stages 1 to 3 for the backward."""
+    began = time.monotonic()
+    results = run_probes(backward_jobs(arguments.quick), os.cpu_count() or 4, arguments.seconds)
+    print(f"{len(results)} probes in {time.monotonic() - began:.0f} s")
+    wrong = [r for r in results if not (r["worst"] <= 1.0 and r["same"])]
+    for r in wrong:
+        print("FAILED", r["params"], r["queries"], r["keys"], r["worst"], r["same"], r.get("error", ""))
+    print("worst error/budget of the rest", max((r["worst"] for r in results if r["worst"] <= 1.0), default=None))
+    bad = {
+        (r["params"]["d"], r["params"]["causal"], tuple(r["queries"]), tuple(r["keys"]))
+        for r in wrong
+        if r["queries"] is not None
+    }
+    import torch
+
+    environment = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    table = [
+        time_backward(d, causal, length, bad, arguments.rounds, arguments.quick)
+        for d in (64, 128)
+        for causal in ("none", "top_left")
+        for length in BACKWARD_LENGTHS
+    ]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "attention_plain_backward.json").write_text(
+        json.dumps({"environment": environment, "probes": results, "table": table}, indent=1)
+    )
+    print(environment, f"{time.monotonic() - began:.0f} s; TFLOP/s (of the faster peer)")
+    for row in table:
+        print(show_backward(row))
+
+
 def tile_jobs() -> list[dict[str, Any]]:
     jobs = []
     for d in (64, 128):
@@ -298,10 +502,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="time only what the tile table says")
     parser.add_argument("--seconds", type=float, default=75.0, help="deadline of stage 1")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--backward", action="store_true", help="the plain backward instead of the forward")
     arguments = parser.parse_args()
     if arguments.probe:
         for job in json.loads(arguments.probe):
-            print(json.dumps(probe(job)), flush=True)
+            print(json.dumps(probe_backward(job) if job["kind"] == "backward" else probe(job)), flush=True)
+        return
+    if arguments.backward:
+        main_backward(arguments)
         return
     began = time.monotonic()
     jobs = awkward_jobs() + ([] if arguments.quick else tile_jobs())

@@ -26,11 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vbench.backend import Device, Kernel, Launch
+from vbench.backend import Device, Kernel, Launch, refuse_beyond
 from vbench.errors import Unsupported
 from vbench.spec import Case, Numerics
 
 BLOCK_SIZE = 64
+
+#: Parameters of a case the document has a word on, or that change no meaning.
+PARAMETERS = ("dtype", "causal", "dist", "layout", "b", "hq", "hk", "sq", "sk", "d")
 
 
 def flash_attention(q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, *, float32: bool, scalar_max: bool) -> Tensor:
@@ -85,11 +88,13 @@ VARIANTS = {
 
 
 def make(case: Case, variant: str, device: Device) -> Kernel:
-    """Raises Unsupported: ``unknown_variant``; ``not_in_document`` for a causal mask or hq != hk.
+    """Raises Unsupported: ``parameter_not_taken``; ``unknown_variant``; ``not_in_document`` for a causal mask or
+    hq != hk.
 
     The low variants declare what they are, sums and weights in the input's dtype: judged by that budget they may
     pass, judged by the float32 variants' they do not.
     """
+    refuse_beyond(case, PARAMETERS)
     if variant not in VARIANTS:
         raise Unsupported("unknown_variant", f"{variant!r} is not one of {', '.join(VARIANTS)}")
     if case.text("causal") != "none":

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vbench.backend import Device, Kernel, Launch
+from vbench.backend import Device, Kernel, Launch, refuse_beyond
 from vbench.errors import Unsupported
 from vbench.kernels.numba_cuda.codec import dtype_of
 from vbench.kernels.numba_cuda.formats import MAX_GRID_X
@@ -73,13 +73,18 @@ class AttentionKernel:
         return make_launch([Step(program, (blocks, 1), arguments)])
 
 
+#: Parameters of a case that this kernel takes; it has neither windows nor capped scores.
+PARAMETERS = ("dtype", "causal", "dist", "layout", "b", "hq", "hk", "sq", "sk", "d")
+
+
 def attention(case: Case, variant: str, device: Device) -> Kernel:
     """KernelFactory of ``attention``.
 
     Raises:
-        Unsupported: a zero size, query heads no multiple of key heads, a head dim above 256, an unknown dtype or mask,
-            or, on the CPU, more work than the simulator does in seconds.
+        Unsupported: ``parameter_not_taken``; a zero size, query heads no multiple of key heads, a head dim above 256,
+            an unknown dtype or mask, or, on the CPU, more work than the simulator does in seconds.
     """
+    refuse_beyond(case, PARAMETERS)
     sizes = {name: case.axis(name) for name in ("b", "hq", "hk", "sq", "sk", "d")}
     for name, size in sizes.items():
         if size == 0:

@@ -24,7 +24,7 @@ from torch.backends.cuda import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from vbench.backend import Device, Kernel, Launch
+from vbench.backend import Device, Kernel, Launch, refuse_beyond
 from vbench.errors import Unsupported
 from vbench.spec import Case, Numerics
 
@@ -41,6 +41,9 @@ CAN_USE: Mapping[str, Callable[[Any, bool], bool]] = {
     "sdpa_cudnn": can_use_cudnn_attention,
     "sdpa_efficient": can_use_efficient_attention,
 }
+
+#: Parameters of a case that SDPA takes; it has neither windows nor capped scores.
+PARAMETERS = ("dtype", "causal", "dist", "layout", "dlse", "b", "hq", "hk", "sq", "sk", "d")
 
 #: On CUDA, the backends with a bottom-right mask of their own.
 OWN_LOWER_RIGHT = ("sdpa_flash", "sdpa_efficient")
@@ -120,12 +123,14 @@ class Sdpa:
 
 
 def make(case: Case, variant: str, device: Device) -> Kernel:
-    """Raises Unsupported: ``unknown_variant``; ``needs_cuda``; ``peer_documents_nan`` (``causal_lower_right`` warns
-    that rows with nothing to attend to come out NaN); ``peer_documents_nothing`` (cuDNN on such rows).
+    """Raises Unsupported: ``parameter_not_taken``; ``unknown_variant``; ``needs_cuda``; ``peer_documents_nan``
+    (``causal_lower_right`` warns that rows with nothing to attend to come out NaN); ``peer_documents_nothing`` (cuDNN
+    on such rows).
 
     Numerics: math upcasts half types to float32 (torch's default, ``allow_fp16_bf16_reduction_math_sdp`` off); the
     fused backends sum in float32 and round the weights to the input's dtype before P V.
     """
+    refuse_beyond(case, PARAMETERS)
     if variant not in BACKENDS:
         raise Unsupported("unknown_variant", f"{variant!r} is not one of {', '.join(BACKENDS)}")
     if device == "cpu" and variant in ("sdpa_cudnn", "sdpa_efficient"):

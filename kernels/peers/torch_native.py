@@ -32,6 +32,7 @@ BACKEND = DeclaredBackend(
     ops={
         "fp4_linear": "vbench.kernels.peers.dense_linear:make",
         "attention": "vbench.kernels.peers.sdpa:make",
+        "attention_backward": "vbench.kernels.peers.sdpa_backward:make",
         "tier_stack": "vbench.kernels.peers.all_resident:make",
         "tier_fetch": "vbench.kernels.peers.copy_decode:make",
         "decoder_block": "vbench.kernels.peers.block:make",
@@ -42,6 +43,7 @@ BACKEND = DeclaredBackend(
     variants={
         "fp4_linear": ("cublas_bf16", "cublas_fp16", "cublas_fp32", "eager_dequant", "torch_compile"),
         "attention": ("sdpa_math", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient"),
+        "attention_backward": ("sdpa_math", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient"),
         "tier_stack": ("all_resident",),
         "tier_fetch": ("copy_decode",),
         "decoder_block": ("cublas", "eager_dequant"),

@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vbench.backend import Device, Kernel, Launch
+from vbench.backend import Device, Kernel, Launch, refuse_beyond
 from vbench.errors import Unsupported
 from vbench.kernels.triton.attention_tiles import INTERPRETED, Tile, choose, heads_per_group, padded_head_dim
 from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics
 
 VARIANTS = ("", "gluon")
+#: Parameters of a case that the Gluon kernels take, and those that the plain ones take.
+GLUON_PARAMETERS = ("dtype", "causal", "dist", "layout", "dlse", "b", "hq", "hk", "sq", "sk", "d")
+PLAIN_PARAMETERS = (*GLUON_PARAMETERS, "window", "softcap")
 MAX_HEAD_DIM = 256
 #: Largest offset, in elements, inside one block of rows.
 MAX_BLOCK_SPAN = 2**31 - 1
@@ -34,6 +37,8 @@ class Shape:
     d: int
     dtype: str
     causal: str
+    window: int = 0
+    softcap: int = 0
 
     @classmethod
     def of(cls, case: Case) -> Shape:
@@ -50,7 +55,9 @@ class Shape:
             raise Unsupported("heads_not_multiple", f"hq={axes['hq']} must be a multiple of hk={axes['hk']}")
         if axes["d"] > MAX_HEAD_DIM:
             raise Unsupported("head_dim_above_256", f"d={axes['d']}: its accumulator would not fit the registers")
-        return cls(**axes, dtype=case.text("dtype"), causal=case.text("causal"))
+        given = dict(case.params)
+        rule = {name: int(given.get(name, 0)) for name in ("window", "softcap")}
+        return cls(**axes, **rule, dtype=case.text("dtype"), causal=case.text("causal"))
 
     @property
     def shift(self) -> int:
@@ -58,9 +65,33 @@ class Shape:
         return self.sk - self.sq if self.causal == "bottom_right" else 0
 
     @property
+    def above(self) -> int:
+        """Row i sees keys j <= i + above where ``bounded``."""
+        return self.shift if self.causal != "none" else self.window - 1
+
+    @property
+    def below(self) -> int:
+        """Row i sees keys j >= i - below where there is a window."""
+        return self.window - 1 - self.shift
+
+    @property
+    def bounded(self) -> bool:
+        return self.causal != "none" or self.window > 0
+
+    @property
     def exponent_scale(self) -> float:
         """log2(e) / sqrt(d): weights are powers of two of scaled scores."""
         return math.log2(math.e) / math.sqrt(self.d)
+
+    @property
+    def cap_exponent(self) -> float:
+        """2 log2(e) / (sqrt(d) cap), of which the tanh of a product is made; 0 without a cap."""
+        return 2 * self.exponent_scale / self.softcap if self.softcap else 0.0
+
+    @property
+    def tanh_scale(self) -> float:
+        """log2(e) times the cap: what an exponent is of a capped score's tanh; without a cap ``exponent_scale``."""
+        return self.softcap * math.log2(math.e) if self.softcap else self.exponent_scale
 
 
 def check_tensors(shape: Shape, inputs: Mapping[str, Any], out: Mapping[str, Any], device: Device) -> None:
@@ -73,25 +104,38 @@ def check_tensors(shape: Shape, inputs: Mapping[str, Any], out: Mapping[str, Any
     Raises:
         Unsupported: ``wrong_shape``, ``wrong_dtype``, ``wrong_device``, ``overlapping_output``.
     """
-    q_shape, k_shape = (shape.b, shape.hq, shape.sq, shape.d), (shape.b, shape.hk, shape.sk, shape.d)
-    dtype = TORCH_DTYPE_NAMES[shape.dtype]
-    demands = (
-        ("q", inputs["q"], q_shape, dtype),
-        ("k", inputs["k"], k_shape, dtype),
-        ("v", inputs["v"], k_shape, dtype),
-        ("out", out["out"], q_shape, dtype),
-        ("lse", out["lse"], q_shape[:3], "float32"),
-    )
-    for name, tensor, want_shape, want_dtype in demands:
-        if tuple(tensor.shape) != want_shape:
-            raise Unsupported("wrong_shape", f"{name} has shape {tuple(tensor.shape)}, the case needs {want_shape}")
-        if str(tensor.dtype) != f"torch.{want_dtype}":
-            raise Unsupported("wrong_dtype", f"{name} is {tensor.dtype}, the case needs torch.{want_dtype}; convert it")
-        if tensor.device != inputs["q"].device or tensor.device.type != device:
+    check_all(shape, inputs, {"q": "q", "k": "k", "v": "k"}, device)
+    check_all(shape, out, {"out": "q", "lse": "row"}, device, outputs=True)
+    if out["out"].device != inputs["q"].device:
+        raise Unsupported("wrong_device", f"out is on {out['out'].device}, q on {inputs['q'].device}; move one")
+
+
+def check_all(
+    shape: Shape, tensors: Mapping[str, Any], kinds: Mapping[str, str], device: Device, *, outputs: bool = False
+) -> None:
+    """Shape, dtype and device of each tensor named in ``kinds``; for outputs also that no two elements coincide.
+
+    Args:
+        kinds: name -> ``q`` ([b, hq, sq, d]) or ``k`` ([b, hk, sk, d]), both of the case's dtype, or ``row``
+            ([b, hq, sq], float32).
+
+    Raises:
+        Unsupported: ``wrong_shape``, ``wrong_dtype``, ``wrong_device``, ``overlapping_output``.
+    """
+    of_q = (shape.b, shape.hq, shape.sq, shape.d)
+    shapes = {"q": of_q, "k": (shape.b, shape.hk, shape.sk, shape.d), "row": of_q[:3]}
+    first = tensors[next(iter(kinds))].device
+    for name, kind in kinds.items():
+        tensor, want = tensors[name], shapes[kind]
+        dtype = "float32" if kind == "row" else TORCH_DTYPE_NAMES[shape.dtype]
+        if tuple(tensor.shape) != want:
+            raise Unsupported("wrong_shape", f"{name} has shape {tuple(tensor.shape)}, the case needs {want}")
+        if str(tensor.dtype) != f"torch.{dtype}":
+            raise Unsupported("wrong_dtype", f"{name} is {tensor.dtype}, the case needs torch.{dtype}; convert it")
+        if tensor.device != first or tensor.device.type != device:
             raise Unsupported("wrong_device", f"{name} is on {tensor.device}; all must be on one {device} device")
-    for name in ("out", "lse"):
-        strides = out[name].stride()
-        if any(size > 1 and stride == 0 for size, stride in zip(out[name].shape, strides, strict=True)):
+        strides = tensor.stride()
+        if outputs and any(size > 1 and stride == 0 for size, stride in zip(want, strides, strict=True)):
             raise Unsupported("overlapping_output", f"{name} has strides {strides}: two elements share an address")
 
 
@@ -118,17 +162,29 @@ def descriptor_strides(tensor: Any) -> list[int]:
     ]
 
 
-def check_spans(tensors: Mapping[str, Any], block_n: int, width: int) -> None:
-    """Offsets inside a block are 32-bit: ``block_n`` rows of K and V, one row of q and out, ``width`` columns.
+def check_spans(tensors: Mapping[str, Any], block_rows: int, width: int, *, walked: tuple[str, ...]) -> None:
+    """Offsets inside a block are 32-bit: ``block_rows`` rows of the tensors ``walked``, one row of the others.
+
+    Args:
+        width: columns of a block.
 
     Raises:
         Unsupported: ``block_span``.
     """
     for name, tensor in tensors.items():
-        rows = block_n if name in ("k", "v") else 1
+        rows = block_rows if name in walked else 1
         span = rows * tensor.stride(2) + width * tensor.stride(3)
         if span > MAX_BLOCK_SPAN:
             raise Unsupported("block_span", f"{name}: {rows} rows of {width} span {span} elements; make it contiguous")
+
+
+def block_source(tensor: Any, block_rows: int, width: int, descriptors: bool) -> Any:
+    """What ``attention_forward._load_block`` reads blocks from: the tensor, or a descriptor of it."""
+    if not descriptors:
+        return tensor
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(tensor, list(tensor.shape), descriptor_strides(tensor), [1, 1, block_rows, width])
 
 
 @dataclass(frozen=True)
@@ -157,7 +213,7 @@ class PlainForward:
             shape.d,
             shape.sq,
             shape.sk,
-            causal=shape.causal != "none",
+            causal=shape.bounded,
             descriptors=descriptors,
             shared_227kb=self.copy_engine,
         )
@@ -180,27 +236,23 @@ class PlainForward:
         shape = self.shape
         q, k, v, out_tensor, lse = inputs["q"], inputs["k"], inputs["v"], out["out"], out["lse"]
         width = padded_head_dim(shape.d)
-        check_spans({"q": q, "k": k, "v": v, "out": out_tensor}, tile.block_n, width)
-        k_source, v_source = k, v
-        if descriptors:
-            from triton.tools.tensor_descriptor import TensorDescriptor
-
-            block = [1, 1, tile.block_n, width]
-            k_source = TensorDescriptor(k, list(k.shape), descriptor_strides(k), block)
-            v_source = TensorDescriptor(v, list(v.shape), descriptor_strides(v), block)
+        check_spans({"q": q, "k": k, "v": v, "out": out_tensor}, tile.block_n, width, walked=("k", "v"))
+        k_source, v_source = (block_source(t, tile.block_n, width, descriptors) for t in (k, v))
         heads = shape.b * shape.hq
         per_kv = shape.hq // shape.hk
         grid = (heads * -(-shape.sq // tile.block_m),)
         group = heads_per_group(heads, per_kv, shape.sk, shape.d, q.element_size())
-        sizes = (shape.hq, per_kv, shape.sq, shape.sk, shape.shift, heads, group)
+        sizes = (shape.hq, per_kv, shape.sq, shape.sk, shape.above, shape.below, heads, group)
         strides = (*q.stride(), *k.stride(), *v.stride(), *out_tensor.stride(), *lse.stride())
-        arguments = (q, k_source, v_source, out_tensor, lse, shape.exponent_scale, *sizes, *strides)
+        arguments = (q, k_source, v_source, out_tensor, lse, shape.tanh_scale, shape.cap_exponent, *sizes, *strides)
         constants: dict[str, Any] = {
             "D": shape.d,
             "BLOCK_D": width,
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
-            "CAUSAL": shape.causal != "none",
+            "BOUNDED": shape.bounded,
+            "WINDOW": shape.window > 0,
+            "SOFTCAP": shape.softcap > 0,
             "DESCRIPTORS": descriptors,
             "EMULATE": self.interpreted,
             # "ieee" keeps fp32 products exact; Triton's default would silently round operands to tf32.
@@ -224,7 +276,7 @@ def make(case: Case, variant: str, device: Device) -> Kernel:
 
     Raises:
         Unsupported: ``unknown_variant``; ``interpreter_off`` (device cpu without TRITON_INTERPRET=1);
-            ``gpu_before_sm_80``; and what ``Shape.of`` and the Gluon kernel refuse.
+            ``gpu_before_sm_80``; ``parameter_not_taken``; and what ``Shape.of`` and the Gluon kernel refuse.
     """
     shape = Shape.of(case)
     if variant not in VARIANTS:
@@ -232,19 +284,36 @@ def make(case: Case, variant: str, device: Device) -> Kernel:
     if variant == "gluon":
         from vbench.kernels.triton.attention_gluon_host import make_gluon
 
+        refuse_beyond(case, GLUON_PARAMETERS)
         return make_gluon(shape, device)
-    accumulate = "fp32" if shape.dtype == "fp32" else "tensor_core"
-    numerics = Numerics(accumulate=accumulate, probabilities=shape.dtype)
+    refuse_beyond(case, PLAIN_PARAMETERS)
+    interpreted, copy_engine = plain_machine(device)
+    return PlainForward(shape, device, interpreted, copy_engine, plain_numerics(shape))
+
+
+def plain_numerics(shape: Shape) -> Numerics:
+    """Sums on the FMA units for fp32, else on the tensor core with weights rounded to the inputs' dtype."""
+    return Numerics(
+        accumulate="fp32" if shape.dtype == "fp32" else "tensor_core",
+        probabilities=shape.dtype,
+    )
+
+
+def plain_machine(device: Device) -> tuple[bool, bool]:
+    """(interpreted, copy engine and 227 KB of shared memory for a program) of the plain kernels here.
+
+    Raises:
+        Unsupported: ``interpreter_off``, ``gpu_before_sm_80``.
+    """
     if device == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
             raise Unsupported("interpreter_off", "on a CPU this kernel needs TRITON_INTERPRET=1 before Triton's import")
         # The interpreter takes descriptors too, so that path is checked there as well.
-        return PlainForward(shape, device, interpreted=True, copy_engine=True, numerics=numerics)
+        return True, True
     import torch
 
     capability = torch.cuda.get_device_capability()
     if capability < (8, 0):
         raise Unsupported("gpu_before_sm_80", f"compute capability {capability}: cp.async and bf16 need 8.0")
     # sm_120 has the engine too, but not the 227 KB of shared memory that those tables count on.
-    copy_engine = capability[0] in (9, 10)
-    return PlainForward(shape, device, interpreted=False, copy_engine=copy_engine, numerics=numerics)
+    return False, capability[0] in (9, 10)

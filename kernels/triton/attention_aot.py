@@ -30,7 +30,9 @@ def _compile_plain(dtype: str, d: int, tile: Tile, causal: bool, descriptors: bo
         "BLOCK_D": width,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "CAUSAL": causal,
+        "BOUNDED": causal,
+        "WINDOW": False,
+        "SOFTCAP": False,
         "DESCRIPTORS": descriptors,
         "EMULATE": False,
         "PRECISION": "ieee" if dtype == "fp32" else "tf32",
@@ -42,7 +44,7 @@ def _compile_plain(dtype: str, d: int, tile: Tile, causal: bool, descriptors: bo
     if descriptors:
         block = f"tensordesc<{dtype}[1, 1, {tile.block_n}, {width}]>"
         types |= {name: block for name in names if name.endswith("_source")}
-    types |= {"lse_ptr": "*fp32", "exponent_scale": "fp32"}
+    types |= {"lse_ptr": "*fp32", "exponent_scale": "fp32", "cap_exponent": "fp32"}
     compiled = compile_kernel(
         attention_forward,
         arch,

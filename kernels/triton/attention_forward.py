@@ -17,7 +17,7 @@ import triton.language as tl
 LN2 = tl.constexpr(0.6931471805599453)
 
 #: Sizes that only count. Specialising on them would compile the kernel anew for each length and head count.
-COUNTS = ["hq", "heads_per_kv", "sq", "sk", "shift", "heads", "heads_per_group"]
+COUNTS = ["hq", "heads_per_kv", "sq", "sk", "above", "below", "heads", "heads_per_group"]
 
 
 @triton.jit
@@ -68,6 +68,12 @@ def _load_block(
 
 
 @triton.jit
+def _capped(s, cap_exponent):
+    """tanh(y) of s, where s * cap_exponent = 2 y log2(e): 1 - 2 / (1 + e^2y), right in the limit on both sides."""
+    return 1.0 - 2.0 / (1.0 + tl.exp2(s * cap_exponent))
+
+
+@triton.jit
 def _attend(
     acc,
     total,
@@ -80,8 +86,10 @@ def _attend(
     first_key,
     last_key,
     sk,
+    visible_from,
     visible_until,
     exponent_scale,
+    cap_exponent,
     stride_ks,
     stride_vs,
     k_offsets,
@@ -89,22 +97,31 @@ def _attend(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     MASKED: tl.constexpr,
     EMULATE: tl.constexpr,
     STORAGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Fold keys ``first_key`` to ``last_key`` - 1 into (acc, total, peak). Row r sees keys < visible_until[r]."""
+    """Fold keys ``first_key`` to ``last_key`` - 1 into (acc, total, peak).
+
+    Row r sees keys < visible_until[r], and with WINDOW those >= visible_from[r] only.
+    """
     for key in tl.range(first_key, last_key, BLOCK_N):
         key = tl.multiple_of(key, BLOCK_N)
         k = _load_block(
             k_source, batch, kv_head, key, stride_ks, k_offsets, sk, D, BLOCK_D, BLOCK_N, DESCRIPTORS, MASKED, EMULATE
         )
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if SOFTCAP:
+            s = _capped(s, cap_exponent)
         if MASKED:
             keys = key + tl.arange(0, BLOCK_N)
             s = tl.where(keys[None, :] < visible_until[:, None], s, -float("inf"))
+            if WINDOW:
+                s = tl.where(keys[None, :] >= visible_from[:, None], s, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(s, 1) * exponent_scale)
         # A row that has seen no key yet has peak -inf; subtracting it would make NaN of -inf - -inf.
         shift = tl.where(new_peak == -float("inf"), 0.0, new_peak) if MASKED else new_peak
@@ -129,11 +146,13 @@ def attention_forward(
     out_ptr,
     lse_ptr,
     exponent_scale,
+    cap_exponent,
     hq,
     heads_per_kv,
     sq,
     sk,
-    shift,
+    above,
+    below,
     heads,
     heads_per_group,
     stride_qb,
@@ -159,7 +178,9 @@ def attention_forward(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -169,8 +190,10 @@ def attention_forward(
     Args:
         q_ptr, out_ptr, lse_ptr: pointers; ``k_source``, ``v_source``: pointers, or rank-4 tensor descriptors with
             block [1, 1, BLOCK_N, BLOCK_D] (then their strides are not read).
-        exponent_scale: log2(e) / sqrt(D), float32.
-        shift: CAUSAL lets row i see keys j <= i + shift (0: top_left; sk - sq: bottom_right).
+        exponent_scale: log2(e) / sqrt(D), float32; SOFTCAP: log2(e) times the cap.
+        cap_exponent: SOFTCAP: 2 log2(e) / (sqrt(D) cap), see ``_capped``.
+        above, below: BOUNDED lets row i see keys j <= i + above only (a causal mask, or a window's upper edge), WINDOW
+            keys j >= i - below only.
         heads: batch * hq. ``heads_per_group``: heads walked together, so that their K and V stay in the L2 cache.
     """
     row_blocks = tl.cdiv(sq, BLOCK_M)
@@ -211,28 +234,42 @@ def attention_forward(
         k_offsets = block_rows[:, None] * stride_ks + columns[None, :] * stride_kd
         v_offsets = block_rows[:, None] * stride_vs + columns[None, :] * stride_vd
 
-    if CAUSAL:
-        visible_until = tl.minimum(rows + (shift + 1), sk)
-        all_see = tl.minimum(first_row + (shift + 1), sk)
-        any_sees = tl.minimum(first_row + BLOCK_M + shift, sk)
+    if BOUNDED:
+        visible_until = tl.minimum(rows + (above + 1), sk)
+        all_see = tl.minimum(first_row + (above + 1), sk)
+        any_sees = tl.minimum(first_row + BLOCK_M + above, sk)
     else:
         visible_until = tl.zeros([BLOCK_M], tl.int32) + sk
         all_see = sk
         any_sees = sk
     whole_end = tl.maximum(all_see // BLOCK_N, 0) * BLOCK_N
+    visible_from = rows - below
+    whole_begin = 0
+    if WINDOW:
+        # Blocks at the window's lower edge, which some rows see in part.
+        begin = tl.maximum(first_row - below, 0) // BLOCK_N * BLOCK_N
+        edge_end = tl.cdiv(tl.maximum(first_row + BLOCK_M - 1 - below, 0), BLOCK_N) * BLOCK_N
+        whole_begin = tl.minimum(edge_end, tl.maximum(whole_end, begin))
+        whole_end = tl.maximum(whole_end, whole_begin)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    if WINDOW:
+        acc, total, peak = _attend(
+            acc, total, peak, q, k_base, v_base, batch, kv_head, begin, whole_begin, sk, visible_from, visible_until,
+            exponent_scale, cap_exponent, stride_ks, stride_vs, k_offsets, v_offsets,
+            D, BLOCK_D, BLOCK_N, WINDOW, SOFTCAP, DESCRIPTORS, True, EMULATE, STORAGE, PRECISION,
+        )  # fmt: skip
     acc, total, peak = _attend(
-        acc, total, peak, q, k_base, v_base, batch, kv_head, 0, whole_end, sk, visible_until, exponent_scale,
-        stride_ks, stride_vs, k_offsets, v_offsets,
-        D, BLOCK_D, BLOCK_N, DESCRIPTORS, False, EMULATE, STORAGE, PRECISION,
+        acc, total, peak, q, k_base, v_base, batch, kv_head, whole_begin, whole_end, sk, visible_from, visible_until,
+        exponent_scale, cap_exponent, stride_ks, stride_vs, k_offsets, v_offsets,
+        D, BLOCK_D, BLOCK_N, WINDOW, SOFTCAP, DESCRIPTORS, False, EMULATE, STORAGE, PRECISION,
     )  # fmt: skip
     acc, total, peak = _attend(
-        acc, total, peak, q, k_base, v_base, batch, kv_head, whole_end, any_sees, sk, visible_until, exponent_scale,
-        stride_ks, stride_vs, k_offsets, v_offsets,
-        D, BLOCK_D, BLOCK_N, DESCRIPTORS, True, EMULATE, STORAGE, PRECISION,
+        acc, total, peak, q, k_base, v_base, batch, kv_head, whole_end, any_sees, sk, visible_from, visible_until,
+        exponent_scale, cap_exponent, stride_ks, stride_vs, k_offsets, v_offsets,
+        D, BLOCK_D, BLOCK_N, WINDOW, SOFTCAP, DESCRIPTORS, True, EMULATE, STORAGE, PRECISION,
     )  # fmt: skip
 
     alive = total > 0.0

@@ -7,17 +7,18 @@ from vbench.backend import DeclaredBackend
 BACKEND = DeclaredBackend(
     name="triton",
     role="own",
-    summary="Triton kernels: FP4 codecs, FP4 linear with in-register decoding, attention forward, fetch, blocks",
+    summary="Triton kernels: FP4 codecs, FP4 linear decoding in registers, attention and its backward, fetch, blocks",
     ops={
         "fp4_quantize": "vbench.kernels.triton.codec:make_quantize",
         "fp4_dequantize": "vbench.kernels.triton.codec:make_dequantize",
         "fp4_linear": "vbench.kernels.triton.linear:make",
         "attention": "vbench.kernels.triton.attention:make",
+        "attention_backward": "vbench.kernels.triton.attention_backward:make",
         "tier_fetch": "vbench.kernels.triton.fetch:make",
         "decoder_block": "vbench.kernels.triton.block:make",
     },
     # "" takes every shape; "gluon" is for Hopper's copy engine and warp groups, and refuses what they do not take.
-    variants={"attention": ("", "gluon")},
+    variants={"attention": ("", "gluon"), "attention_backward": ("", "gluon", "gluon_deterministic")},
     probe_function="vbench.kernels.triton.probe:probe",
     environment={"cpu": {"TRITON_INTERPRET": "1"}, "compile": {"TRITON_INTERPRET": "0"}},
     configurations="vbench.kernels.triton.configurations:configurations",

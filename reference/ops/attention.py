@@ -22,17 +22,22 @@ def _reject_attention(case: Case) -> tuple[str, str] | None:
     return None
 
 
-def attended_pairs(causal: str, sq: int, sk: int) -> int:
-    """Query-key pairs that are not masked. top_left: key j <= query i; bottom_right: j <= i + sk - sq."""
-    if causal == "none":
+def attended_pairs(causal: str, sq: int, sk: int, window: int = 0) -> int:
+    """Query-key pairs that are not masked. top_left: key j <= query i; bottom_right: j <= i + sk - sq.
+
+    ``window`` > 0 leaves the keys less than ``window`` away from that diagonal (from j = i without a causal mask).
+    """
+    if causal == "none" and not window:
         return sq * sk
-    shift = 0 if causal == "top_left" else sk - sq
-    return sum(min(max(i + shift + 1, 0), sk) for i in range(sq))
+    shift = sk - sq if causal == "bottom_right" else 0
+    above = 1 if causal != "none" else window
+    below = window - 1 if window else sq + sk
+    return sum(max(min(i + shift + above, sk) - max(i + shift - below, 0), 0) for i in range(sq))
 
 
 def forward_flops(case: Case) -> int:
     """Operations of the two products of a forward: 4 d a visible pair."""
-    pairs = attended_pairs(case.text("causal"), case.axis("sq"), case.axis("sk"))
+    pairs = attended_pairs(case.text("causal"), case.axis("sq"), case.axis("sk"), case.axis("window"))
     return 4 * case.axis("b") * case.axis("hq") * case.axis("d") * pairs
 
 
@@ -55,6 +60,20 @@ _PARAMS = (
     ),
     Param("dist", "choice", "distribution of the values", ATTENTION_DISTRIBUTIONS, "normal"),
     Param("layout", "choice", "how the inputs lie in memory; outputs are contiguous", LAYOUTS, "bhsd", quiet=True),
+    Param(
+        "window",
+        "axis",
+        "0: none; w: only keys less than w from the diagonal: |j - i| < w, for bottom_right |j - i - sk + sq| < w",
+        default=0,
+        quiet=True,
+    ),
+    Param(
+        "softcap",
+        "axis",
+        "0: none; c: scaled scores z become c tanh(z / c) before they are masked",
+        default=0,
+        quiet=True,
+    ),
     Param("b", "axis", "batch", default=1),
     Param("hq", "axis", "query heads"),
     Param("hk", "axis", "key and value heads"),
