@@ -24,11 +24,12 @@ _AT_LEAST_ONE = (1.0, math.inf)
 #: Groups of wgmma that one warp's step may wait for: dQ, S, dP and dV. Where ptxas cannot keep several in flight (its
 #: notes C7510 to C7515) it waits for each of the 16 or more instructions of a step.
 WAITS_PER_STEP = 4
-SPILL_BYTES = 128
-SPILL_SHARE = 0.06
+#: Local memory that a thread may have, bytes, and the share of a step's instructions that may access it, by head dim.
+SPILL_BYTES = {64: 128, 128: 64}
+SPILL_SHARE = {64: 0.05, 128: 0.005}
 SPILL_REASON = (
-    "dK, dV, scores, dP and dQ of a consumer take 224 of 240 registers, and ptxas keeps addresses and some weights in "
-    "local memory (docs/tuning/attention.md, Backward on Hopper)"
+    "accumulators, scores and dP take 192 to 224 of a thread's 240 or 255 registers, and ptxas keeps addresses, at head "
+    "dim 64 some weights too, in local memory (docs/tuning/attention.md, Backward on Hopper)"
 )
 
 
@@ -128,9 +129,9 @@ def products(
         bounds={
             "loop.HGMMA": _AT_LEAST_ONE,
             "loop.WARPGROUP.DEPBAR": (1.0, waits),
-            "loop_spill_share": (0.0, SPILL_SHARE),
+            "loop_spill_share": (0.0, SPILL_SHARE[d]),
         },
-        spill_bytes_allowed=SPILL_BYTES,
+        spill_bytes_allowed=SPILL_BYTES[d],
         spill_reason=SPILL_REASON,
         effort=effort,
     )

@@ -52,7 +52,6 @@ TILES = {
             (False, False, False),
             (False, True, False),
             (True, True, False),
-            (False, True, True),
             (True, True, True),
         )
     )

@@ -12,7 +12,8 @@ issued before that barrier.
 
 Three constants, each right or wrong by itself:
 
-EARLY: dS(j) is announced under dV(j), where the step that made it ends, instead of after dV(j), where the next begins.
+EARLY: dS(j) is announced under dV(j), where the step that made it ends, instead of after dV(j), where the next begins
+    (and where ptxas waits for dV(j) before it even works dS(j) out). It is carried around the loop in 16 bits.
 FLAT: the workspace of dQ holds panels of 64 x 64 in the order of the accumulator's registers (attention_backward_finish
     puts them back), so that they go to shared memory in 16-byte stores without bank conflicts.
 ROTATE: program i of a head begins its walk i / programs of the way through the queries and wraps around, so that
@@ -97,7 +98,7 @@ def _panel(smem, index, panel, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def _announce(j, ds, ds_smem, ds_full, BLOCK_M: gl.constexpr, WORKER: gl.constexpr):
-    """dS(j), float32, to shared memory for both consumers."""
+    """dS(j), float32 or rounded, to shared memory for both consumers."""
     _tile(ds_smem, (j & 1) * 2 + WORKER, KEYS, BLOCK_M).store(ds.to(ds_smem.dtype))
     fence_async_shared()
     # The copy engine has read the last dQ; with the barrier every thread knows, and knows that dS is written.
@@ -196,6 +197,7 @@ def _step(
         D, BLOCK_M, DO_STAGES, CAUSAL, KV_LAYOUT,
     )  # fmt: skip
     if COMPUTE_DQ and EARLY:
+        ds = ds.to(q_smem.dtype)
         _announce(j + 1, ds, ds_smem, ds_full, BLOCK_M, WORKER)
     # The weights of dV must not stay in use around the loop: ptxas finds no registers for that.
     dv = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=0, deps=[dv]))
@@ -231,6 +233,7 @@ def _consume(
         exponent_scale, first_key, sk, shift, D, BLOCK_M, DO_STAGES, CAUSAL, KV_LAYOUT,
     )  # fmt: skip
     if COMPUTE_DQ and EARLY:
+        ds = ds.to(dtype)
         _announce(0, ds, ds_smem, ds_full, BLOCK_M, WORKER)
     dv = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=0, deps=[dv]))
     for j in range(total - 1):
