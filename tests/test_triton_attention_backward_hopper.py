@@ -15,8 +15,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from vbench.kernels.triton.attention_backward_gluon_host import DETERMINISTIC_TILES, HEAD_DIMS, TILES
+from vbench.kernels.triton.attention_backward_gluon_host import DETERMINISTIC_TILES, TILES
 from vbench.kernels.triton.attention_backward_tiles import ROW_PADDING
+from vbench.kernels.triton.attention_gluon_host import HEAD_DIMS
 
 # --- in the interpreting child ---------------------------------------------------------------------------------------
 

@@ -28,8 +28,8 @@ WAITS_PER_STEP = 4
 SPILL_BYTES = {64: 128, 128: 64}
 SPILL_SHARE = {64: 0.05, 128: 0.005}
 SPILL_REASON = (
-    "accumulators, scores and dP take 192 to 224 of a thread's 240 or 255 registers, and ptxas keeps addresses, at head "
-    "dim 64 some weights too, in local memory (docs/tuning/attention.md, Backward on Hopper)"
+    "accumulators, scores and dP take 192 to 224 of a thread's 240 or 255 registers, and ptxas keeps addresses, at "
+    "head dim 64 some weights too, in local memory (docs/tuning/attention.md, Backward on Hopper)"
 )
 
 
