@@ -7,11 +7,13 @@ have every step: they run interpreted, a dozen launches each.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any, Literal
 
 from vbench.reference.ops.attention import ATTENTION
-from vbench.reference.ops.block import DECODER_BLOCK
-from vbench.reference.ops.fp4 import FP4_LINEAR
+from vbench.reference.ops.block import DECODER_BLOCK, DENSE
+from vbench.reference.ops.fp4 import FORMAT_GROUPS, FORMATS, FP4_LINEAR
+from vbench.reference.ops.types import DTYPES
 from vbench.spec import BenchCase, Case, Suite
 from vbench.suites.models import ATTENTIONS, BLOCKS, STANDARD_MODELS, LinearShape, distinct_linears
 
@@ -63,9 +65,10 @@ PROMPTS = (128, 1024)
 
 
 def _blocks() -> tuple[BenchCase, ...]:
+    """The largest first: a run that times a limited number of rows takes them in this order."""
     out: list[BenchCase] = []
-    for shape in BLOCKS:
-        for s in PROMPTS:
+    for shape in reversed(BLOCKS):
+        for s in reversed(PROMPTS):
             effort: Effort = "standard" if s == PROMPTS[0] or shape.model in STANDARD_MODELS else "full"
             case = DECODER_BLOCK.case(
                 family=shape.family, fmt="nvfp4", x="bf16", theta=shape.theta, s=s,
@@ -76,16 +79,20 @@ def _blocks() -> tuple[BenchCase, ...]:
 
 
 def _block_checks() -> tuple[Case, ...]:
+    """Every format in every dtype, the families in turn; then what a small case does not show."""
     op = DECODER_BLOCK
     gpt2: dict[str, Any] = {"family": "gpt2", "theta": 0}
+    grid = []
+    for i, (fmt, x) in enumerate(product((DENSE, *FORMATS), DTYPES)):
+        width = max(32, FORMAT_GROUPS.get(fmt, 0))
+        family: dict[str, Any] = gpt2 if i % 2 else {"family": "llama"}
+        grid.append(op.case(**family, fmt=fmt, x=x, s=3, hidden=width, hq=2, hk=1 + i % 2, inner=width + i % 2 * width))
     return (
-        op.case(**gpt2, fmt="nvfp4", x="bf16", s=7, hidden=32, hq=2, hk=2, inner=48),
+        *grid,
         op.case(**gpt2, fmt="absmax7_row", x="fp32", b=2, s=3, hidden=34, hq=2, hk=2, inner=30),
-        op.case(**gpt2, fmt="dense", x="bf16", s=9, hidden=40, hq=4, hk=4, inner=64),
+        op.case(**gpt2, fmt="nvfp4", x="bf16", s=9, hidden=80, hq=4, hk=4, inner=64),
         op.case(family="llama", fmt="nvfp4", x="bf16", theta=500000, s=11, hidden=64, hq=4, hk=2, inner=80),
-        op.case(family="llama", fmt="absmax7_g128", x="fp16", b=2, s=5, hidden=128, hq=2, hk=1, inner=128),
-        op.case(family="llama", fmt="absmax7_tensor", x="bf16", s=1, hidden=24, hq=3, hk=1, inner=40),
-        op.case(family="llama", fmt="dense", x="fp32", s=6, hidden=32, hq=2, hk=2, inner=24),
+        op.case(family="llama", fmt="absmax7_tensor", x="bf16", b=2, s=1, hidden=24, hq=3, hk=1, inner=40),
         # What must be refused.
         op.case(family="llama", fmt="nvfp4", s=4, hidden=48, hq=4, hk=3, inner=64),
         op.case(**gpt2, fmt="nvfp4", s=4, hidden=40, hq=4, hk=4, inner=64),

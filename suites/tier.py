@@ -44,7 +44,7 @@ def _checks() -> tuple[Case, ...]:
 def _fetch_checks() -> tuple[Case, ...]:
     fetch = TIER_FETCH
     return (
-        *(fetch.case(fmt=fmt, y=DTYPES[i % 3], n=5, k=128) for i, fmt in enumerate((RAW, *FORMATS))),
+        *(fetch.case(fmt=fmt, y=y, n=5, k=128) for fmt, y in product((RAW, *FORMATS), DTYPES)),
         # Every code, those no encoder writes too; raw: every kind of bit pattern, an odd number of 16-bit elements.
         *(fetch.case(fmt=fmt, y="bf16", dist="grid", n=3, k=128) for fmt in (RAW, *FORMATS)),
         fetch.case(fmt=RAW, y="fp16", dist="grid", n=3, k=43),

@@ -16,6 +16,7 @@ from vbench.errors import Unsupported
 from vbench.kernels.peers.torch_native import BACKEND as TORCH_NATIVE
 from vbench.kernels.triton import block as triton_block
 from vbench.kernels.triton.backend import BACKEND as TRITON
+from vbench.kernels.triton.packing import GROUPS
 from vbench.plan import BATTERY
 from vbench.record import Outcome
 from vbench.reference import block, uncertain
@@ -36,14 +37,18 @@ def worker() -> Worker:
     return Worker(BATTERY, "vbench-kernels", "cpu")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+# Every second one: the suite runs them all, and the interpreter takes a second or two for each.
+@pytest.mark.parametrize("case", CASES[::2], ids=lambda c: c.id)
 @pytest.mark.parametrize("backend", [REFERENCE, TRITON, TORCH_NATIVE], ids=lambda b: b.name)
 def test_every_backend_is_inside_the_budget_it_declares(worker: Worker, backend: DeclaredBackend, case: Case) -> None:
     for variant in backend.variants.get("decoder_block", ("",)):
         try:
             kernel = resolve(backend.ops["decoder_block"])(case, variant, "cpu")
         except Unsupported as refused:
-            assert case.text("fmt") == "dense" and refused.rule in ("dense_weights", "nothing_to_decode")
+            if backend is TRITON and case.text("fmt") not in ("dense", *GROUPS):
+                assert refused.rule == "format"
+            else:
+                assert case.text("fmt") == "dense" and refused.rule in ("dense_weights", "nothing_to_decode")
             continue
         result = worker._measure(DECODER_BLOCK, case, kernel, timed=False, role="own")
         assert result.outcome is Outcome.PASSED, result.detail
@@ -271,7 +276,7 @@ def test_attention_carries_an_error_of_its_queries_keys_and_values() -> None:
 
 
 def test_unsupported_inputs_are_refused_before_any_launch() -> None:
-    case = CASES[3]
+    case = DECODER_BLOCK.case(family="llama", fmt="nvfp4", s=3, hidden=32, hq=2, hk=1, inner=32)
     inputs = block.block_inputs(case, "cpu")
     kernel = triton_block.make(case, "", "cpu")
     out = {"y": torch.empty(case.axis("s"), case.axis("hidden"), dtype=torch.bfloat16)}

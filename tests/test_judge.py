@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from vbench import student
 from vbench.claims import Ledger, arithmetic_metrics, load_ledger, parse_ledger
 from vbench.errors import DataError
-from vbench.judge import SINGLE_PROCESS_MARGIN, ClaimVerdict, Finding, case_params, exit_code, judge
+from vbench.judge import SINGLE_PROCESS_MARGIN, ClaimVerdict, Finding, case_params, exit_code, judge, may_rest_on
 from vbench.record import ErrorStats, Kind, Measurement, Outcome, Record
 
 OURS = Path(__file__).parents[1] / "suites" / "virtual_blackwell" / "claims.toml"
@@ -259,6 +259,13 @@ def test_a_baseline_may_run_another_operation() -> None:
     records += [timed("torch_native[int_mm]", 1e-6, case=case) for case in mine.values()]
     found = restated(book, records)
     assert found.word == "SUPPORTED" and found.value == pytest.approx(3.0)
+    read = book.claims[0].restated
+    assert read is not None
+    assert may_rest_on(read, "torch_native", "int_mm", int8_case(1)) and may_rest_on(read, "triton", "", mine[1])
+    assert not may_rest_on(read, "torch_native", "int_mm", int8_case(1, "row127h"))
+    assert not may_rest_on(read, "torch_native", "int_mm", mine[1]) and not may_rest_on(
+        read, "triton", "", int8_case(1)
+    )
     # control: a size that only one side has is missed, not made up
     found = restated(book, [r for r in records if "m=4" not in r.case or r.backend == "triton"])
     assert found.label == "INCONCLUSIVE(missing_cells)"

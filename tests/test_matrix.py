@@ -36,12 +36,16 @@ def test_the_documents_copy_is_generated(tables: list[survey.Table]) -> None:
     assert written[written.index("## ") :] == survey.to_markdown(tables), "run: make matrix"
 
 
-def test_a_combination_that_no_suite_has_is_a_hole() -> None:
+def test_a_combination_that_no_suite_has_is_marked_and_an_op_without_a_case_is_a_hole() -> None:
     only = Suite("one", "", checks=(FP4_LINEAR.case(fmt="nvfp4", x="bf16", m=1, n=1, k=16),))
     found = survey.representatives(FP4_LINEAR, [only])
-    assert found["nvfp4", "bf16"] is not None and found["nvfp4", "fp32"] is None
+    assert found["nvfp4", "bf16"] == (only.checks[0], True)
+    assert found["nvfp4", "fp32"] == (FP4_LINEAR.case(fmt="nvfp4", x="fp32", m=1, n=1, k=16), False)
     (table,) = survey.matrix({FP4_LINEAR.name: FP4_LINEAR}, [only], [registry.backends()["torch"]], "cpu")
     assert table.rows["nvfp4", "bf16"] == (survey.Answer("ok"),)
+    assert table.rows["nvfp4", "fp32"] == (survey.Answer("ok", "no_fixed_case"),)
+    assert "| ok* |" in survey.to_markdown([table])
+    (table,) = survey.matrix({FP4_LINEAR.name: FP4_LINEAR}, [Suite("none", "")], [registry.backends()["torch"]], "cpu")
     assert table.rows["nvfp4", "fp32"] == (survey.Answer("hole", "no_case"),)
     assert "HOLE no_case" in survey.to_markdown([table])
 

@@ -10,6 +10,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"  # before the first import of Triton: it decides at decoration
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vbench.errors import Unsupported
-from vbench.kernels.triton import _fp4, codec, linear, linear_gluon_host, packing
+from vbench.kernels.triton import _fp4, codec, linear, linear_gluon_host, linear_stationary_host, packing
 from vbench.kernels.triton.backend import BACKEND
 from vbench.reference import fp4
 from vbench.reference.linear import linear_inputs, linear_oracle
@@ -31,9 +32,14 @@ from vbench.reference.ops.types import ITEMSIZE
 from vbench.spec import Case, Numerics
 
 FORMATS = st.sampled_from(ops.FORMATS)
+ENCODINGS = st.sampled_from(ops.ENCODINGS)
 DTYPES = st.sampled_from(tuple(ITEMSIZE))
 # fp16 results beyond 65504 become Inf, as in torch; NumPy warns where a GPU does not.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+# So do mxfp4's largest scales.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered in (cast|multiply):RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered in (cast|multiply):RuntimeWarning"),
+]
 
 needs_interpreter = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 was not in place when Triton was first imported"
@@ -42,7 +48,7 @@ needs_interpreter = pytest.mark.skipif(
 
 def fit_k(fmt: str, half: int) -> int:
     """A k that the format admits, near 2 * half."""
-    group = ops.FORMAT_GROUPS[fmt]
+    group = ops.FORMAT_GROUPS[ops.decoded_as(fmt)]
     return 2 * half if group <= 0 else max(1, 2 * half // group) * group
 
 
@@ -54,6 +60,12 @@ def poisoned(expected: Any) -> torch.Tensor:
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bitwise, but for the payload of NaN."""
+    nan = b.isnan()
+    return torch.equal(a.isnan(), nan) and same_bits(a.masked_fill(nan, 0), b.masked_fill(nan, 0))
 
 
 def run(
@@ -81,24 +93,56 @@ def over_budget(y: torch.Tensor, e: Any) -> int:
 # ---------------------------------------------------------------- packing
 
 
-@given(fmt=FORMATS, n=st.integers(1, 140), half=st.integers(1, 160), bkw=st.sampled_from((16, 32, 64)), data=st.data())
-@settings(max_examples=40)
-def test_packing_is_a_bijection(fmt: str, n: int, half: int, bkw: int, data: st.DataObject) -> None:
-    k = fit_k(fmt, half)
-    twiddled = fmt == "nvfp4" and data.draw(st.booleans())
-    seed = data.draw(st.integers(0, 2**31))
-    gen = torch.Generator().manual_seed(seed)
+def random_weight(fmt: str, n: int, k: int, gen: torch.Generator, wide: bool = False) -> dict[str, torch.Tensor]:
+    """A canonical weight of random codes and scales, drawn without the encoder. ``wide``: any E8M0 byte but NaN."""
     group = ops.FORMAT_GROUPS[fmt]
     shape = (1,) if group == 0 else (n,) if group == -1 else (n, k // group)
     scale = torch.rand(shape, generator=gen) + 0.5
-    weight = {
+    if fmt == "nvfp4":
+        scale = scale.to(torch.float8_e4m3fn)
+    elif fmt == "mxfp4":
+        top = 255 if wide else packing.E8M0_NARROW_MAX + 1
+        scale = torch.randint(0, top, shape, generator=gen).to(torch.uint8)
+    return {
         "codes": torch.randint(0, 256, (n, k // 2), generator=gen, dtype=torch.uint8),
-        "scale": scale.to(torch.float8_e4m3fn) if fmt == "nvfp4" else scale,
+        "scale": scale,
         "global_scale": torch.rand(1, generator=gen),
     }
-    packed = packing.pack_weight(fmt, weight, n, k, bkw, twiddled)
+
+
+@given(
+    fmt=FORMATS,
+    n=st.integers(1, 140),
+    half=st.integers(1, 320),
+    layout=st.sampled_from((("rows", 16), ("rows", 32), ("rows", 64), ("fragments", 16))),
+    twiddled=st.booleans(),
+    wide=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=60)
+def test_packing_is_a_bijection(
+    fmt: str, n: int, half: int, layout: tuple[packing.Order, int], twiddled: bool, wide: bool, seed: int
+) -> None:
+    k, (order, bkw) = fit_k(fmt, half), layout
+    twiddled, wide = twiddled and fmt in packing.BYTE_SCALES, wide and fmt == "mxfp4"
+    weight = random_weight(fmt, n, k, torch.Generator().manual_seed(seed), wide)
+    packed = packing.pack_weight(fmt, weight, n, k, bkw, twiddled, wide, order)
     back = packing.unpack_weight(packed)
     assert all(same_bits(back[name], weight[name]) for name in weight)
+
+
+def test_fragments_are_what_the_matrix_unit_s_lanes_hold() -> None:
+    """PTX ISA, mma.m16n8k16, matrix A of 16-bit elements: lane 4 g + t holds rows g and g + 8, columns 2 t, 2 t + 1 and
+    those plus 8. Element values that name their row and column show where each went."""
+    row, column = torch.arange(32).reshape(32, 1, 1), torch.arange(8 * 16).reshape(1, 8, 16)
+    fragments = packing._to_fragments(row * 128 + column)
+    assert fragments.shape == (2, 2, 4, 32, 8)
+    for tile, block, quarter, lane, (i, (high_column, high_row, last)) in itertools.product(
+        range(2), range(2), range(4), range(32), enumerate(itertools.product(range(2), repeat=3))
+    ):
+        r = tile * 16 + lane // 4 + 8 * high_row
+        c = (block * 4 + quarter) * 16 + 2 * (lane % 4) + last + 8 * high_column
+        assert fragments[tile, block, quarter, lane, i] == r * 128 + c
 
 
 def test_twiddle_is_a_bijection_of_all_words() -> None:
@@ -113,9 +157,12 @@ def test_twiddle_is_a_bijection_of_all_words() -> None:
 @pytest.mark.parametrize("fmt", ops.FORMATS)
 def test_packed_memory_is_the_format_s_own(fmt: str) -> None:
     """At a real layer's shape packing adds nothing to the format's bytes but the unused global scale."""
-    n, k = 1024, 4096
+    n, k = 256, 4096
     weight = fp4.quantize(fmt, torch.zeros(n, k))
-    assert packing.pack_weight(fmt, weight, n, k, 64, fmt == "nvfp4").bytes - ops.packed_bytes(fmt, n, k) in (0, 4)
+    layouts: tuple[tuple[packing.Order, int], ...] = (("rows", 32), ("rows", 64), ("fragments", 16))
+    for order, bkw in layouts:
+        packed = packing.pack_weight(fmt, weight, n, k, bkw, fmt in packing.BYTE_SCALES, False, order)
+        assert packed.bytes - ops.packed_bytes(fmt, n, k) in (0, 4)
 
 
 # ---------------------------------------------------------------- codecs
@@ -123,7 +170,7 @@ def test_packed_memory_is_the_format_s_own(fmt: str) -> None:
 
 @needs_interpreter
 @given(
-    fmt=FORMATS,
+    fmt=ENCODINGS,
     w=DTYPES,
     dist=st.sampled_from(("normal", "uniform", "student5", "grid", "zeros", "outlier")),
     n=st.integers(1, 70),
@@ -137,14 +184,14 @@ def test_quantize_and_dequantize_are_bit_exact(fmt: str, w: str, dist: str, n: i
     outputs, expected, _ = run(case, codec.make_quantize, fp4.quantize_inputs(case, "cpu"), fp4.quantize_oracle)
     for name, out in outputs.items():
         assert same_bits(out, expected[name].value), name
-    case = ops.FP4_DEQUANTIZE.case(fmt=fmt, y=w, dist=dist, n=n, k=k, seed=seed)
+    case = ops.FP4_DEQUANTIZE.case(fmt=ops.decoded_as(fmt), y=w, dist=dist, n=n, k=k, seed=seed)
     inputs = fp4.dequantize_inputs(case, "cpu")
     outputs, expected, _ = run(case, codec.make_dequantize, inputs, fp4.dequantize_oracle)
-    assert same_bits(outputs["weight"], expected["weight"].value)
+    assert same_values(outputs["weight"], expected["weight"].value)
 
 
 @needs_interpreter
-@pytest.mark.parametrize("fmt", ops.FORMATS)
+@pytest.mark.parametrize("fmt", ["absmax7_row", "nvfp4"])
 def test_every_tie_and_its_neighbours_round_as_the_format_says(fmt: str) -> None:
     top = 6.0 if fmt == "nvfp4" else 7.0
     ties = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0) if fmt == "nvfp4" else tuple(i + 0.5 for i in range(7))
@@ -238,7 +285,7 @@ def test_control_wrong_weights_and_outputs_are_caught(fmt: str, fault: str) -> N
     if fault == "swap_nibbles":
         broken["codes"] = (broken["codes"] >> 4) | (broken["codes"] << 4)
     elif fault == "drop_tail":
-        broken["codes"][:, -32:] = 0x88 if fmt != "nvfp4" else 0
+        broken["codes"][:, -32:] = packing.ZERO_CODE[fmt] * 0x11
     elif fault == "shift_scales":
         if broken["scale"].numel() == 1:
             broken["scale"] = broken["scale"] * (1 + 2.0**-6)
@@ -271,12 +318,23 @@ def test_strided_x_and_y() -> None:
 @given(n=st.integers(1, 40000), k=st.integers(1, 20000), x=DTYPES, fmt=FORMATS)
 @settings(max_examples=200)
 def test_split_depends_on_the_weight_only(n: int, k: int, x: str, fmt: str) -> None:
-    """Batch invariance up to SPLIT_MAX_M rests on it: same parts of K, same K blocks."""
+    """Batch invariance up to SPLIT_MAX_M rests on it: same parts of K, sums over the same K blocks, whatever kernel."""
+    wide = linear.needs_wide(fmt, x)
     for hopper in (False, True):
         plans = [
-            linear.choose_plan(m, n, 2 * k, fmt, x, "none", "cuda", hopper) for m in range(1, linear.SPLIT_MAX_M + 1)
+            linear.choose_plan(m, n, 2 * k, fmt, x, "none", "cuda", hopper, wide)
+            for m in range(1, linear.SPLIT_MAX_M + 1)
         ]
-        assert len({(p.path, p.split, p.bkw, p.block_sums) for p in plans}) == 1
+        assert len({p.split for p in plans}) == 1
+        columns = set()
+        for p in plans:
+            assert p.block_sums
+            columns.add(4 * p.bkw if p.path == "fused" else packing.FRAGMENT_COLUMNS)
+            if p.path == "stationary":
+                on = linear_stationary_host.mapping(2 * k, p.split)
+                assert on.part == triton.cdiv(triton.cdiv(2 * k, packing.FRAGMENT_COLUMNS), p.split)
+                assert on.parts * on.split >= p.split and on.part * on.parts <= on.warps
+        assert len(columns) == 1
 
 
 @given(
@@ -293,14 +351,16 @@ def test_tables_take_every_case_by_a_path_that_admits_it(
     fmt: str, x: str, act: str, m: int, n: int, half: int, hopper: bool
 ) -> None:
     k = fit_k(fmt, half)
-    plan = linear.choose_plan(m, n, k, fmt, x, act, "cuda", hopper)
+    plan = linear.choose_plan(m, n, k, fmt, x, act, "cuda", hopper, linear.needs_wide(fmt, x))
     if plan.path == "gluon":
-        assert hopper and fmt != "absmax7_g128" and x != "fp32" and n % 8 == k % 8 == 0
+        assert hopper and x != "fp32" and n % 8 == k % 8 == 0
+    elif plan.path == "stationary":
+        assert hopper and m <= 16 and x != "fp32" and k % 8 == 0
     elif plan.path == "dequant_cublas":
         assert act in ("none", "relu") and x != "fp32"
     kernel = linear.LinearKernel(ops.FP4_LINEAR.case(fmt=fmt, x=x, act=act, m=m, n=n, k=k), "cuda", plan)
-    lossy = plan.path == "dequant_cublas" and fmt in ("absmax7_row", "absmax7_g128")
-    assert kernel.numerics.operand_roundings == (("bf16",) if lossy else ())
+    lossy = plan.path == "dequant_cublas" and fmt in ("absmax7_row", "absmax7_g128", "nf4")
+    assert kernel.numerics.operand_roundings == (("bf16",) if lossy else ())  # interpreted: nf4's values stay float32
 
 
 def test_rule_for_the_copy_engine() -> None:
@@ -319,11 +379,13 @@ def test_rule_for_the_copy_engine() -> None:
     assert not linear_gluon_host.available()
 
 
-WIDE = [(fmt, plan) for fmt, table in linear.TABLES.items() for _, plan in table]
+#: Every tile once, with one of the formats that share it: `test_linear_is_inside_its_budget` mixes the rest.
+TILES = [(fmt, plan) for plan, fmt in {p: fmt for fmt, table in linear.TABLES.items() for _, p in table}.items()]
+TILES += [("mxfp4", plan) for _, plan in linear.TABLE_WIDE]
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("fmt", "plan"), WIDE, ids=[f"{f}-{p.bn}x{p.bm}" for f, p in WIDE])
+@pytest.mark.parametrize(("fmt", "plan"), TILES, ids=[f"{f}-{p.bn}x{p.bm}" for f, p in TILES])
 def test_every_plan_of_the_tables_is_right(fmt: str, plan: linear.Plan) -> None:
     """Each tile on ragged sizes, grid values (exact), and with two parts of K where the plan may split."""
     n, k = 70, 1152
@@ -351,6 +413,23 @@ def test_dequantised_path_is_inside_the_budget_it_declares(fmt: str, act: str, c
     y = torch.full((9, 40), float("nan"), dtype=torch.bfloat16)
     kernel.bind(inputs, {"y": y})()
     assert over_budget(y, expected) == 0
+
+
+@needs_interpreter
+@pytest.mark.parametrize("x", ["bf16", "fp16", "fp32"])
+def test_every_e8m0_scale(x: str) -> None:
+    """Bytes 0 to 254 in one weight: those an operand cannot hold multiply sums. x brings them back into range."""
+    n, k = 8, 1024
+    case = ops.FP4_LINEAR.case(fmt="mxfp4", x=x, dist="grid", m=4, n=n, k=k)
+    inputs = linear_inputs(case, "cpu")
+    inputs["scale"] = torch.arange(n * k // 32, dtype=torch.int32).remainder(255).to(torch.uint8).reshape(n, k // 32)
+    picks = torch.tensor([0, 37, 500, 1023])
+    inputs["x"] = torch.nn.functional.one_hot(picks, k).to(inputs["x"].dtype)
+    y = torch.empty(4, n, dtype=inputs["x"].dtype)
+    kernel = linear.make(case, "", "cpu")
+    kernel.bind(inputs, {"y": y})()
+    assert kernel.plan.wide
+    assert torch.equal(y, fp4.decode_float64("mxfp4", inputs).T[picks].float().to(y.dtype))
 
 
 @needs_interpreter

@@ -260,17 +260,27 @@ class _Cell:
 
 def may_rest_on(restated: Restated, backend: str, variant: str, case_id: str) -> bool:
     """Whether a record of this case on this kernel would be read for the claim, on whichever side."""
-    op, params = case_params(case_id)
+    op = case_params(case_id)[0]
     name = f"{backend}[{variant}]" if variant else backend
-    if op != restated.op:
-        return False
-    for who in _sides(restated):
-        wanted: dict[str, tuple[str, ...]] = {"seed": ("0",), **restated.select}
-        if who == restated.over:
-            wanted |= {key: (value,) for key, value in restated.over_select.items()}
-        if who == name and all(params.get(key) in values for key, values in wanted.items()):
-            return True
-    return False
+    return any(
+        who == name and op == _op_of(restated, who) and _asked(restated, who, case_id) for who in _sides(restated)
+    )
+
+
+def _op_of(restated: Restated, who: str) -> str:
+    return restated.over_op if who == restated.over else restated.op
+
+
+def _asked(restated: Restated, who: str, case_id: str) -> bool:
+    """Whether the claim reads this case on this side. Without a ``seed`` in ``select`` it is seed 0."""
+    params = case_params(case_id)[1]
+    wanted: dict[str, tuple[str, ...]] = {"seed": ("0",), **restated.select}
+    if who == restated.over:
+        wanted |= {name: (value,) for name, value in restated.over_select.items()}
+    # Another operation lacks some of the parameters that select names.
+    other = _op_of(restated, who) != restated.op
+    lacking = set(wanted) - set(params) - set(restated.over_select) if other else set()
+    return all(params.get(name) in values for name, values in wanted.items() if name not in lacking)
 
 
 class _Pool:
@@ -288,20 +298,9 @@ class _Pool:
                 self._by.setdefault((record.kind, record.who, op), []).append(record)
 
     def select(self, restated: Restated, who: str) -> list[Record]:
-        """Records of one side of the claim, on any hardware. Without a ``seed`` in ``select`` it is seed 0."""
-        wanted: dict[str, tuple[str, ...]] = {"seed": ("0",), **restated.select}
-        op = restated.op
-        if who == restated.over:
-            op = restated.over_op
-            wanted |= {name: (value,) for name, value in restated.over_select.items()}
-
-        def asked(case_id: str) -> bool:
-            params = case_params(case_id)[1]
-            # Another operation lacks some of the parameters that select names.
-            lacking = set(wanted) - set(params) - set(restated.over_select) if op != restated.op else set()
-            return all(params.get(name) in values for name, values in wanted.items() if name not in lacking)
-
-        return [record for record in self._by.get((restated.kind, who, op), []) if asked(record.case)]
+        """Records of one side of the claim, on any hardware."""
+        records = self._by.get((restated.kind, who, _op_of(restated, who)), [])
+        return [record for record in records if _asked(restated, who, record.case)]
 
     def stale(self, evidence: Iterable[Record]) -> bool:
         return any(is_stale(r, self.current_sources) for r in evidence)

@@ -35,6 +35,7 @@ Question = tuple[str, str, str]
 class Answer:
     """``ok``; ``unsupported`` by a typed refusal, whose rule is ``code`` and whose message is ``detail``;
     ``unavailable``, the backend cannot be used here; ``hole``: anything else a factory raises, or no case to ask with.
+    An ``ok`` with code ``no_fixed_case`` was asked with a case that no suite has.
     """
 
     kind: Literal["ok", "unsupported", "unavailable", "hole"]
@@ -42,7 +43,9 @@ class Answer:
     detail: str = ""
 
     def __str__(self) -> str:
-        return {"ok": "ok", "hole": f"HOLE {self.code}", "unavailable": f"({self.code})"}.get(self.kind, self.code)
+        return {"ok": "ok*" if self.code else "ok", "hole": f"HOLE {self.code}", "unavailable": f"({self.code})"}.get(
+            self.kind, self.code
+        )
 
 
 def answer(backend: Any, device: Device, questions: Iterable[Question]) -> list[Answer]:
@@ -106,15 +109,30 @@ def matrix_parameters(op: Op) -> list[Param]:
     ]
 
 
-def representatives(op: Op, suites: Iterable[Suite]) -> dict[tuple[str, ...], Case | None]:
-    """Values of the matrix parameters -> the first case of the suites with them that has a meaning, or ``None``."""
+def representatives(op: Op, suites: Iterable[Suite]) -> dict[tuple[str, ...], tuple[Case | None, bool]]:
+    """Values of the matrix parameters -> a case with them, and whether it is one of the suites' own.
+
+    The first fixed case that has a meaning; where there is none, another fixed case with these values put in, if
+    possible one that the op does not reject; ``None`` only where no suite has a case of the op.
+    """
     names = [p.name for p in matrix_parameters(op)]
-    found: dict[tuple[str, ...], Case | None] = dict.fromkeys(product(*(p.choices for p in matrix_parameters(op))))
-    for suite in suites:
-        for case in (*suite.checks, *(bench.case for bench in suite.benches)):
-            if case.op == op.name and op.reject(case) is None:
-                values = tuple(case.text(name) for name in names)
-                found[values] = found[values] or case
+    fixed = [
+        case
+        for suite in suites
+        for case in (*suite.checks, *(bench.case for bench in suite.benches))
+        if case.op == op.name and op.reject(case) is None
+    ]
+    own: dict[tuple[str, ...], Case] = {}
+    for case in fixed:
+        own.setdefault(tuple(case.text(name) for name in names), case)
+    found: dict[tuple[str, ...], tuple[Case | None, bool]] = {}
+    for values in product(*(p.choices for p in matrix_parameters(op))):
+        if values in own:
+            found[values] = own[values], True
+            continue
+        put_in = dict(zip(names, values, strict=True))
+        changed = [op.case(seed=case.seed, **{**dict(case.params), **put_in}) for case in fixed]
+        found[values] = next((c for c in changed if op.reject(c) is None), next(iter(changed), None)), False
     return found
 
 
@@ -140,7 +158,7 @@ def matrix(
             (op, case.id, variant)
             for op in info.ops
             if op in cases
-            for case in cases[op].values()
+            for case, _ in cases[op].values()
             if case is not None
             for variant in info.variants_of(op)
         ]
@@ -156,15 +174,21 @@ def matrix(
                 tuple(f"{i.name}[{v}]" if v else i.name for i, v in offered),
                 {
                     values: tuple(
-                        answers[i.name, op, case.id, v] if case is not None else Answer("hole", "no_case")
+                        _marked(answers[i.name, op, case.id, v], fixed)
+                        if case is not None
+                        else Answer("hole", "no_case")
                         for i, v in offered
                     )
-                    for values, case in rows.items()
+                    for values, (case, fixed) in rows.items()
                 },
                 tuple(i.name for i in infos if op not in i.ops),
             )
         )
     return tables
+
+
+def _marked(found: Answer, fixed: bool) -> Answer:
+    return found if fixed or found.kind != "ok" else Answer("ok", "no_fixed_case")
 
 
 def to_markdown(tables: Iterable[Table]) -> str:

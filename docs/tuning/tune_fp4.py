@@ -1,10 +1,14 @@
 """Tuning of the FP4 kernels on a GPU: check and time variants, print ratios.
 
-    python docs/tuning/tune_fp4.py bench FOLDER [SECONDS [gluon]]
+    python docs/tuning/tune_fp4.py bench FOLDER [SECONDS]
+    python docs/tuning/tune_fp4.py compile
 
-``bench`` compiles every variant in parallel processes first (they meet again in Triton's disk cache), checks each
-against float64 on the oracle's budget, and times CUDA-graph replays over copies of the weight that together exceed the
-L2 cache several times. Ratios are over ``torch.nn.functional.linear`` in bfloat16, timed the same way in the same run.
+``bench`` first compiles every variant in parallel processes (they meet again in Triton's disk cache) and runs check
+cases of all formats through the dispatch tables. Then each regime of token counts runs in a process of its own, so that
+a kernel that hangs takes no other regime along: each variant is checked against float64 on the oracle's budget, twice
+bitwise, and only then timed, as CUDA-graph replays over copies of the weight that together exceed the L2 cache several
+times. Ratios are over ``torch.nn.functional.linear`` in bfloat16, timed the same way in the same process. Last comes a
+table of at most 60 lines; FOLDER/bench.json has everything. ``compile`` compiles the variants for sm_90 without a GPU.
 Not part of any backend: nothing here is imported by a kernel.
 """
 
@@ -17,98 +21,169 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import triton
 
-from vbench.kernels.triton import codec, linear
+from vbench.kernels.triton import codec, linear, packing
 from vbench.kernels.triton.linear import Plan
 from vbench.kernels.triton.linear_fused import fused_linear_kernel
 from vbench.kernels.triton.linear_gluon_host import gluon_call
+from vbench.kernels.triton.linear_stationary_host import stationary_call
 
-SHAPES = ((14336, 4096), (4096, 14336), (4096, 4096))
+SHAPES = ((14336, 4096),)
 ROTATE_BYTES = 320 << 20
-
-# ---------------------------------------------------------------- compile and read
-
 
 # ---------------------------------------------------------------- measure
 
+REGIMES: dict[str, tuple[int, ...]] = {"few": (1, 4, 16), "mid": (32, 64), "many": (256, 1024, 4096)}
+#: n, k, formats of each regime
+CELLS: tuple[tuple[int, int, tuple[str, ...]], ...] = (
+    (14336, 4096, ("absmax7_row", "nvfp4", "mxfp4", "absmax7_g128", "nf4")),
+    (4096, 14336, ("absmax7_row", "nvfp4", "mxfp4", "absmax7_g128")),
+    (4096, 4096, ("absmax7_row", "nvfp4")),
+)
 
-def candidates(m: int, n: int, k: int, fmt: str, gluon_only: bool = False) -> list[Plan]:
+
+def candidates(m: int, n: int, k: int, fmt: str) -> list[Plan]:
     """Variants worth timing for a case. Predictions and outcomes: docs/tuning/fp4.md."""
-    gluon: list[Plan] = []
-    if m >= 64 and fmt != "absmax7_g128":
-        for bn, bm, stages in ((128, 64, 6), (256, 64, 4), (256, 128, 3), (128, 128, 4), (128, 256, 2)):
-            if bm <= m and (m > 64 or bm == 64):
-                gluon.append(Plan("gluon", bn, bm, 32, 12, stages))
-    if gluon_only:
-        return gluon
     plans: list[Plan] = []
-    if m <= 64:
-        width = max(8, 1 << (m - 1).bit_length())
-        shapes: tuple[tuple[int, int, int, int], ...] = ((64, 4, 64, 4), (64, 4, 64, 3), (128, 8, 64, 3))
-        if m <= 8:
-            shapes = (*shapes[:2], (64, 2, 64, 4), (128, 4, 64, 4))
-        for bn, warps, bkw, stages in shapes:
-            for split in (1, 2, 4, 8):
-                if 60 <= n // bn * split <= 520 and k // (4 * bkw) >= 2 * split:
-                    plans.append(Plan("fused", bn, width, bkw, warps, stages, split))
+    grouped = fmt in ("absmax7_g128", "nf4")
+    parts = linear.split_count(n, k)
+    if m <= 16:
+        bm = 8 if m <= 8 else 16
+        for split in sorted({parts, -(-k // 4096)}):
+            plans += [Plan("stationary", 16, bm, 16, 16, 1, split, dependent=dependent) for dependent in (True, False)]
+        plans.append(Plan("fused", 64, bm, 64, 4, 4, parts))
+        if m == 16:
+            plans.append(Plan("gluon", 256 if not grouped else 128, 16, 32, 12, 5, parts))
         return plans
-    plans += [
-        Plan("fused", 128, 128, 32, 4, 3, block_sums=False),
-        Plan("fused", 128, 128, 32, 8, 3),
-        Plan("fused", 256, 128, 32, 8, 3, block_sums=False),
-        Plan("fused", 64, 128, 32, 4, 3, block_sums=False),
-    ]
-    if fmt == "absmax7_g128":
-        plans = [p for p in plans if p.bn * p.bm <= 128 * 64 * p.warps // 4]
+    if m <= 64:
+        bm = 32 if m <= 32 else 64
+        tiles = ((128, 6), (128, 4)) if grouped else ((256, 4), (256, 3), (128, 6))
+        for bn, stages in tiles:
+            plans += [Plan("gluon", bn, bm, 32, 12, stages, split) for split in sorted({parts, max(1, parts // 2)})]
+        plans.append(Plan("fused", 128 if fmt != "absmax7_row" else 64, bm, 64, 8 if fmt != "absmax7_row" else 4, 3,
+                          parts // 2 or 1))  # fmt: skip
+        return plans
+    shapes = ((128, 128, 4), (128, 64, 6), (128, 64, 4)) if grouped else (
+        (256, 128, 3), (128, 128, 4), (128, 64, 6), (256, 64, 4))  # fmt: skip
+    for bn, bm, stages in shapes:
+        if m > 256 and bm == 64 and fmt != "nf4":
+            continue
+        chosen = {1, 2, 4, 8} if n == 4096 and m == 256 else {1}
+        for split in sorted(chosen):
+            tiles_ = -(-n // bn) * -(-m // bm)
+            if split == 1 or tiles_ * split <= 264:
+                plans.append(Plan("gluon", bn, bm, 32, 12, stages, split, block_sums=fmt == "nf4"))
+    if fmt == "nf4":
+        plans = [p for p in plans if p.bm == 64]
     if m >= 1024:
         chunks = sorted({n, 2048} & set(range(n + 1)))
         plans += [Plan("dequant_cublas", 0, 0, 0, 0, 0, chunk=chunk) for chunk in chunks]
     return plans
 
 
+def _order(plan: Plan) -> packing.Order:
+    return "fragments" if plan.path == "stationary" else "rows"
+
+
 def _fake_inputs(
     fmt: str, m: int, n: int, k: int, plan: Plan
-) -> tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]:
-    """Arguments of the right types and alignment that need no memory, for compiling only."""
+) -> tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]:
+    """Kernel and arguments of the right types and alignment that need no memory, for compiling only."""
     import torch
 
-    from vbench.kernels.triton.packing import PackedWeight
+    group = packing.GROUPS[fmt]
+    scale_shape = (1,) if group == 0 else (n,) if group == -1 else (n, k // group)
+    scale_dtype = packing.BYTE_SCALES.get(fmt, torch.float32)
+    # Shapes and types only: the packing itself runs on a sliver of the weight, whose first axis is then widened.
+    sliver = {
+        "codes": torch.zeros(128, k // 2, dtype=torch.uint8),
+        "scale": torch.ones(scale_shape if group == 0 else (128, *scale_shape[1:])).to(scale_dtype),
+        "global_scale": torch.ones(1),
+    }
+    packed = linear.pack_for(plan, fmt, sliver, 128, k, "bf16")
 
-    blocks = k // (4 * plan.bkw)
+    def meta(t: Any) -> Any:
+        rows = t.shape[0] if t.numel() == 1 else t.shape[0] * n // 128
+        return torch.empty((rows, *t.shape[1:]), dtype=t.dtype, device="meta")
 
-    def meta(dtype: torch.dtype, *shape: int) -> Any:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    scale = meta(torch.uint8, n // 64, blocks, 64, plan.bkw // 16, 4) if fmt == "nvfp4" else meta(torch.float32, n)
-    weight = PackedWeight(
-        fmt, n, k, plan.bkw, fmt == "nvfp4", meta(torch.int16, n // 64, blocks, 64, plan.bkw), scale,
-        meta(torch.float32, 1),
-    )  # fmt: skip
-    x, y = meta(torch.bfloat16, m, k), meta(torch.bfloat16, m, n)
+    weight = replace(packed, n=n, codes=meta(packed.codes), scale=meta(packed.scale), global_scale=meta(torch.ones(1)))
+    x = torch.empty(m, k, dtype=torch.bfloat16, device="meta")
+    y = torch.empty(m, n, dtype=torch.bfloat16, device="meta")
     if plan.path == "gluon":
-        return gluon_call(weight, x, None, y, "bf16", "none", plan.bn, plan.bm, plan.stages)
-    return linear.fused_call(weight, x, None, y, "bf16", "none", plan)
+        from vbench.kernels.triton.linear_gluon import gluon_linear_kernel
+
+        tile = (plan.bn, plan.bm, plan.stages)
+        return gluon_linear_kernel, *gluon_call(weight, x, None, y, "bf16", "none", tile, plan.split, plan.block_sums)
+    if plan.path == "stationary":
+        from vbench.kernels.triton.linear_stationary import stationary_kernel
+
+        return stationary_kernel, *stationary_call(weight, x, None, y, "bf16", "none", plan.split, plan.dependent)
+    return fused_linear_kernel, *linear.fused_call(weight, x, None, y, "bf16", "none", plan)
 
 
 def _compile_one(job: tuple[str, int, int, int, Plan]) -> str:
-    fmt, m, n, k, plan = job
     try:
-        grid, arguments, constants = _fake_inputs(fmt, m, n, k, plan)
-        kernel: Any = fused_linear_kernel
-        if plan.path == "gluon":
-            from vbench.kernels.triton.linear_gluon import gluon_linear_kernel
-
-            kernel = gluon_linear_kernel
+        kernel, grid, arguments, constants = _fake_inputs(*job)
         kernel.warmup(*arguments, grid=grid, **constants)
     except Exception as error:  # a variant that does not compile is a result of tuning
         return f"{type(error).__name__}: {str(error)[:200]}"
     return ""
+
+
+def all_jobs() -> list[tuple[str, int, int, int, Plan]]:
+    """One job for each kernel that must be compiled: format, m, n, k, plan."""
+    jobs: dict[Any, tuple[str, int, int, int, Plan]] = {}
+    for n, k, formats in CELLS:
+        for fmt in formats:
+            for m in (m for ms in REGIMES.values() for m in ms):
+                for plan in candidates(m, n, k, fmt):
+                    if plan.path != "dequant_cublas":
+                        jobs.setdefault((fmt, plan, k), (fmt, m, n, k, plan))
+    return list(jobs.values())
+
+
+def compile_all() -> int:
+    """Every variant for sm_90 with no GPU: prints registers and spills. Exit code 1 on a failure."""
+    from vbench import machine_code
+    from vbench.kernels.triton import linear_aot
+
+    failed = 0
+    seen: set[Any] = set()
+    for fmt, _, _, k, plan in all_jobs():
+        if (fmt, plan) in seen:
+            continue
+        seen.add((fmt, plan))
+        try:
+            if plan.path == "gluon":
+                compiled = linear_aot.compile_gluon(plan, fmt, "bf16")
+            elif plan.path == "stationary":
+                compiled = linear_aot.compile_stationary(plan, fmt, "bf16", k)
+            else:
+                compiled = linear_aot.compile_fused(plan, fmt, "bf16", 90)
+            code = machine_code.read(compiled.asm["cubin"], 90)
+            spills = sum(machine_code.count(code.loop, opcode) for opcode in machine_code.SPILLS)
+            text = f"registers {code.registers} stack {code.stack_bytes} spills in loop {spills}"
+            print(fmt, plan_name(plan), text, f"shared {compiled.metadata.shared}", flush=True)
+            failed += compiled.metadata.shared > 232448
+        except Exception as error:  # shown, and counted
+            failed += 1
+            print(fmt, plan_name(plan), f"{type(error).__name__}: {str(error)[-300:]}", flush=True)
+    return int(failed > 0)
+
+
+def plan_name(plan: Plan) -> str:
+    """A short name: path, tile, packed width, stages, parts."""
+    if plan.path == "dequant_cublas":
+        return f"dq{plan.chunk}"
+    name = f"{plan.path[0]}{plan.bn}x{plan.bm}s{plan.stages}k{plan.split}"
+    return name + ("" if plan.block_sums else "c") + ("d" if plan.dependent else "")
 
 
 def check_cases() -> list[str]:
@@ -134,8 +209,14 @@ def check_cases() -> list[str]:
             turn += 1
             for dist in ("grid", "student5"):
                 ids.append(ops.FP4_QUANTIZE.case(fmt=fmt, w=x, dist=dist, n=100, k=1152).id)
+                if fmt == "mxfp4":
+                    ids += [
+                        ops.FP4_QUANTIZE.case(fmt=encoding, w=x, dist=dist, n=100, k=1152).id
+                        for encoding in ops.MXFP4_ENCODINGS
+                    ]
                 ids.append(ops.FP4_DEQUANTIZE.case(fmt=fmt, y=x, dist=dist, n=100, k=1152).id)
     ids += [f"one_hot:{fmt}:{x}:{m}" for fmt in ops.FORMATS for x in ("bf16", "fp16") for m in (8, 16, 64, 128, 300)]
+    ids += [f"one_hot_wide:mxfp4:{x}:{m}" for x in ("bf16", "fp16") for m in (8, 64, 300)]
     return ids
 
 
@@ -146,20 +227,26 @@ def check_one_hot(name: str, plan: Plan | None = None) -> dict[str, Any]:
     from vbench.reference import fp4
     from vbench.reference.ops import fp4 as ops
 
-    _, fmt, x_name, m_text = name.split(":")
+    kind, fmt, x_name, m_text = name.split(":")
     m, n, k = int(m_text), 192, 4352
     case = ops.FP4_LINEAR.case(fmt=fmt, x=x_name, m=m, n=n, k=k)
     weight = _canonical(fmt, n, k, 7)
     if fmt == "nvfp4":
         weight["scale"] = torch.randint(0, 0x7F, (n, k // 16), device="cuda").to(torch.uint8).view(torch.float8_e4m3fn)
+    if kind == "one_hot_wide":
+        weight["scale"] = torch.randint(0, 255, (n, k // 32), device="cuda").to(torch.uint8)
     dtype = torch.bfloat16 if x_name == "bf16" else torch.float16
     picks = torch.randint(0, k, (m,), device="cuda")
     inputs = {**weight, "x": torch.nn.functional.one_hot(picks, k).to(dtype)}
     y = torch.full((m, n), float("nan"), device="cuda", dtype=dtype)
     kernel = linear.make(case, "", "cuda") if plan is None else linear.LinearKernel(case, "cuda", plan)
     kernel.bind(inputs, {"y": y})()
-    want = fp4.decode_float64(fmt, inputs).T[picks]
-    want = want.float().to(dtype)  # value x scale rounds once in float32, then to y
+    if fmt == "nf4" and kernel.plan.path != "dequant_cublas":  # its values are rounded to the operand's type first
+        values = torch.tensor(fp4.NF4_TABLE, device="cuda").to(dtype).float()[fp4.unpack(inputs["codes"]).long()]
+        want = (values * inputs["scale"].repeat_interleave(64, dim=1)).T[picks]
+    else:
+        want = fp4.decode_float64(fmt, inputs).T[picks].float()
+    want = want.to(dtype)  # value x scale rounds once in float32, then to y
     wrong = int((y != want).sum())
     return {"case": name, "outcome": "PASSED" if wrong == 0 else "WRONG", "wrong": wrong, "plan": asdict(kernel.plan)}
 
@@ -171,7 +258,7 @@ def check_case(case_id: str, plan: Plan | None = None) -> dict[str, Any]:
     from vbench.reference.ops import fp4 as ops
     from vbench.spec import resolve
 
-    if case_id.startswith("one_hot:"):
+    if case_id.startswith("one_hot"):
         try:
             return check_one_hot(case_id, plan)
         except Exception as error:  # any failure of a check is its result
@@ -199,11 +286,10 @@ def check_case(case_id: str, plan: Plan | None = None) -> dict[str, Any]:
             got = out[name]
             moved += int((got.view(torch.uint8) != first[name].view(torch.uint8)).sum())
             if e.budget is None:
-                wrong += (
-                    int((got.view(torch.uint8) != e.value.view(torch.uint8)).sum())
-                    if op.name != "fp4_linear"
-                    else int((got != e.value).sum())
-                )
+                same = got == e.value
+                if e.value.is_floating_point():
+                    same |= got.isnan() & e.value.isnan()
+                wrong += int((~same).sum())
             else:
                 ratio = (got.double() - e.value).abs() / e.budget
                 overflowed = e.value.to(e.dtype).isinf() & (got == e.value.to(e.dtype))
@@ -247,12 +333,16 @@ def _canonical(fmt: str, n: int, k: int, seed: int) -> dict[str, Any]:
     import torch
 
     gen = torch.Generator(device="cuda").manual_seed(seed)
-    group = {"absmax7_row": -1, "absmax7_tensor": 0, "absmax7_g128": 128, "nvfp4": 16}[fmt]
+    group = packing.GROUPS[fmt]
     shape = (1,) if group == 0 else (n,) if group == -1 else (n, k // group)
     scale = torch.rand(shape, generator=gen, device="cuda") * 1.5 + 0.5
+    if fmt == "nvfp4":
+        scale = scale.to(torch.float8_e4m3fn)
+    elif fmt == "mxfp4":
+        scale = torch.randint(118, 126, shape, generator=gen, device="cuda").to(torch.uint8)
     return {
         "codes": torch.randint(0, 256, (n, k // 2), generator=gen, device="cuda", dtype=torch.uint8),
-        "scale": scale.to(torch.float8_e4m3fn) if fmt == "nvfp4" else scale,
+        "scale": scale,
         "global_scale": torch.full((1,), 0.013 if fmt == "nvfp4" else 1.0, device="cuda"),
     }
 
@@ -279,11 +369,7 @@ def bench_codecs(report: dict[str, Any]) -> str:
         moved = 2 * n * k + ops.packed_bytes(fmt, n, k)
         rates[f"encode {fmt}{'' if same else ' WRONG'}"] = moved / graph_seconds(calls, 10)
         group = ops.FORMAT_GROUPS[fmt]
-        tiles = (
-            ((2, 512, 8), (4, 512, 4))
-            if group <= 0
-            else [(b // (group // 2), group // 2, 4) for b in (512, 1024, 2048)]
-        )
+        tiles = ((2, 512, 8),) if group <= 0 else [(b // (group // 2), group // 2, 4) for b in (1024, 2048)]
         for tile in tiles:
             decode = codec.decode_launcher(fmt, "bf16", want, target, n, k, tile)
             decode()
@@ -293,157 +379,177 @@ def bench_codecs(report: dict[str, Any]) -> str:
     return "codec TB/s: " + ", ".join(f"{name} {rate * 1e-12:.2f}" for name, rate in rates.items())
 
 
-def gluon_checks() -> list[tuple[str, Plan]]:
-    """Cases that take each Gluon tile through ragged sizes, activations and all formats it has."""
-    from vbench.reference.ops import fp4 as ops
-
-    tiles = ((128, 64, 6), (256, 64, 4), (256, 128, 3), (128, 128, 4), (128, 256, 2))
-    shapes = ((100, 256, 1024), (65, 136, 264), (300, 640, 4096), (520, 1000, 648))
-    extras = (("normal", "none", 1), ("grid", "none", 1), ("student5", "gelu", 0), ("outlier", "silu", 1),
-              ("grid", "relu", 0))  # fmt: skip
-    found: list[tuple[str, Plan]] = []
-    for t, (bn, bm, stages) in enumerate(tiles):
-        plan = Plan("gluon", bn, bm, 32, 12, stages)
-        for f, fmt in enumerate(("absmax7_row", "nvfp4", "absmax7_tensor")):
-            for s, (m, n, k) in enumerate(shapes):
-                if fmt == "absmax7_tensor" and s != t % 4:
-                    continue
-                dist, act, bias = extras[(s + t + f) % len(extras)]
-                x = "fp16" if (s + t) % 3 == 0 else "bf16"
-                k -= k % 16 if fmt == "nvfp4" else 0
-                case = ops.FP4_LINEAR.case(fmt=fmt, x=x, act=act, bias=bias, dist=dist, m=m, n=n, k=k)
-                found.append((case.id, plan))
-    return found
-
-
-def bench(out: Path, formats: tuple[str, ...], ms: tuple[int, ...], seconds: float, gluon_only: bool = False) -> None:
-    """Check and time every candidate; stops starting new cells after ``seconds``. Writes bench.json under ``out``.
-
-    ``gluon_only``: the warp-specialised kernel alone, so that a fault of its barriers cannot take the rest along.
-    """
+def bench_cell(
+    fmt: str, m: int, n: int, k: int, weights: list[dict[str, Any]], packs: dict[Any, list[Any]], x: Any, base: float
+) -> list[dict[str, Any]]:
+    """Check and time every candidate of one cell: one row each, with its plan, error, time, ratio or problem."""
     import torch
 
     from vbench.kernels.triton.linear_dequant import OPERAND_ROUNDINGS, bind_dequant
-    from vbench.kernels.triton.packing import pack_weight
     from vbench.reference.linear import linear_oracle
     from vbench.reference.ops.fp4 import FP4_LINEAR
     from vbench.spec import Numerics
 
-    began = time.monotonic()
-    cells = [(fmt, m, n, k) for n, k in SHAPES for fmt in formats for m in ms]
-    jobs: dict[Any, Any] = {}
-    for fmt, m, n, k in cells:
-        for plan in candidates(m, n, k, fmt, gluon_only):
-            if plan.path != "dequant_cublas":
-                jobs.setdefault((fmt, plan), (fmt, m, n, k, plan))
-    order = list(jobs.values())
-    with multiprocessing.get_context("spawn").Pool(16) as pool:
-        work = gluon_checks() if gluon_only else [(c, None) for c in check_cases()]
-        checking = pool.starmap_async(check_case, work, chunksize=1)
-        problems = pool.map(_compile_one, order, chunksize=2)
-        checks = checking.get()
-    bad = Counter(v for v in problems if v)
-    print(f"compiled {len(order)} variants in {time.monotonic() - began:.0f} s; problems: {dict(bad)}", flush=True)
-    wrong_checks = [c for c in checks if c["outcome"] != "PASSED"]
-    worst_check = max(c.get("worst", 0.0) for c in checks)
-    print(f"{len(checks)} check cases, {len(wrong_checks)} not passed, worst error/budget {worst_check:.3f}")
-    for c in wrong_checks[:6]:
-        print("  ", c)
+    case = FP4_LINEAR.case(fmt=fmt, x="bf16", m=m, n=n, k=k)
+    inputs = {**weights[0], "x": x}
+    y = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
+    oracles: dict[tuple[str, ...], Any] = {}
+    rows = []
+    for plan in candidates(m, n, k, fmt):
+        row: dict[str, Any] = {"fmt": fmt, "m": m, "n": n, "k": k, "plan": asdict(plan), "name": plan_name(plan)}
+        rows.append(row)
+        try:
+            rounding: tuple[str, ...] = ("bf16",) if fmt == "nf4" else ()
+            if plan.path == "dequant_cublas":
+                calls = [bind_dequant(fmt, w, x, None, y, "bf16", "none", plan.chunk) for w in weights[:4]]
+                rounding = OPERAND_ROUNDINGS[fmt, "bf16"]
+            else:
+                key = (_order(plan), plan.bkw)
+                if key not in packs:
+                    packs[key] = [linear.pack_for(plan, fmt, w, n, k, "bf16") for w in weights]
+                calls = [linear.bind_packed(w, x, None, y, "bf16", "none", plan) for w in packs[key]]
+            if rounding not in oracles:
+                oracles[rounding] = linear_oracle(case, inputs, Numerics("tensor_core", rounding), 128)["y"]
+            e = oracles[rounding]
+            y.fill_(float("nan"))
+            calls[0]()
+            got = (e.take(y) if e.take else y).double()
+            worst = ((got - e.value).abs() / e.budget).nan_to_num(nan=1e9).max()
+            row["worst_over_budget"] = float(worst)
+            if not worst <= 1:
+                row["problem"] = "wrong"
+                continue
+            first = y.clone()
+            calls[0]()
+            row["repeats"] = bool(torch.equal(first, y))
+            if m <= linear.SPLIT_MAX_M:
+                positions = torch.arange(1, n + 1, device="cuda")
+                row["row0"] = int(first[0].view(torch.int16).long().mul(positions).sum())
+            row["seconds"] = graph_seconds(calls, 10 if m >= 256 else 16)
+            row["ratio"] = base / row["seconds"]
+        except Exception as error:  # a failing variant is a result of tuning
+            row["problem"] = f"{type(error).__name__}: {str(error)[:160]}"
+    return rows
 
-    props = torch.cuda.get_device_properties(0)
-    report: dict[str, Any] = {
-        "gpu": props.name, "torch": torch.__version__, "triton": triton.__version__, "rows": [], "baseline": [],
-        "checks": checks,
-    }  # fmt: skip
+
+def bench_regime(regime: str, out: Path, deadline: float) -> None:
+    """All cells of a regime; appends rows to FOLDER/REGIME.jsonl as they come. Starts no cell after ``deadline``."""
+    import torch
+
+    ms = REGIMES[regime]
     gen = torch.Generator(device="cuda").manual_seed(1)
-    table = [] if gluon_only else [bench_codecs(report)]
-    for n, k in SHAPES:
-        dense = [
-            torch.randn(n, k, generator=gen, device="cuda", dtype=torch.bfloat16)
-            for _ in range(max(2, ROTATE_BYTES // (2 * n * k)))
-        ]
-        base: dict[int, float] = {}
-        tokens = torch.randn(max(ms), k, generator=gen, device="cuda").to(torch.bfloat16)
-        xs = {m: tokens[:m] for m in ms}
-        for m in ms:
-            y = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
-            base[m] = graph_seconds([partial(torch.mm, xs[m], w.T, out=y) for w in dense], 20)
-            report["baseline"].append({"m": m, "n": n, "k": k, "seconds": base[m]})
-        del dense
-        for fmt in formats:
-            copies = max(2, ROTATE_BYTES // (n * k // 2))
-            weights = [_canonical(fmt, n, k, s) for s in range(copies)]
-            twiddled = fmt == "nvfp4"
-            packs: dict[int, list[Any]] = {}
+    with (out / f"{regime}.jsonl").open("w") as f:
+        for n, k, formats in CELLS:
+            count = max(2, ROTATE_BYTES // (2 * n * k))
+            dense = [torch.randn(n, k, generator=gen, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+            tokens = torch.randn(max(ms), k, generator=gen, device="cuda").to(torch.bfloat16)
+            base: dict[int, float] = {}
             for m in ms:
-                if time.monotonic() - began > seconds:
-                    print(f"stopped before {fmt} {n}x{k} m={m}: out of time", flush=True)
-                    continue
-                case = FP4_LINEAR.case(fmt=fmt, x="bf16", m=m, n=n, k=k)
-                inputs = {**weights[0], "x": xs[m]}
                 y = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
-                oracles: dict[tuple[str, ...], Any] = {}
-                results: list[tuple[float, Plan]] = []
-                for plan in candidates(m, n, k, fmt, gluon_only):
-                    row: dict[str, Any] = {"fmt": fmt, "m": m, "n": n, "k": k, "plan": asdict(plan)}
-                    try:
-                        if plan.path != "dequant_cublas":
-                            if plan.bkw not in packs:
-                                packs[plan.bkw] = [pack_weight(fmt, w, n, k, plan.bkw, twiddled) for w in weights]
-                            calls = [
-                                linear.bind_packed(w, xs[m], None, y, "bf16", "none", plan) for w in packs[plan.bkw]
-                            ]
-                            rounding: tuple[str, ...] = ()
-                        else:
-                            calls = [
-                                bind_dequant(fmt, w, xs[m], None, y, "bf16", "none", plan.chunk) for w in weights[:4]
-                            ]
-                            rounding = OPERAND_ROUNDINGS[(fmt, "bf16")]
-                        if rounding not in oracles:
-                            numerics = Numerics("tensor_core", rounding)
-                            oracles[rounding] = linear_oracle(case, inputs, numerics, 128)["y"]
-                        e = oracles[rounding]
-                        y.fill_(float("nan"))
-                        calls[0]()
-                        got = (e.take(y) if e.take else y).double()
-                        worst = ((got - e.value).abs() / e.budget).max()
-                        row["worst_over_budget"] = float(worst)
-                        if not worst <= 1:
-                            row["problem"] = "wrong"
-                        else:
-                            first = y.clone()
-                            calls[0]()
-                            row["repeats"] = bool(torch.equal(first, y))
-                            if m <= 64:
-                                row["row0"] = int(first[0].view(torch.int16).long().mul(
-                                    torch.arange(1, n + 1, device="cuda")).sum())  # fmt: skip
-                            row["seconds"] = graph_seconds(calls, 12 if m >= 256 else 20)
-                            row["ratio"] = base[m] / row["seconds"]
-                            results.append((row["seconds"], plan))
-                    except Exception as error:  # a failing variant is a result of tuning
-                        row["problem"] = f"{type(error).__name__}: {str(error)[:160]}"
-                    report["rows"].append(row)
-                results.sort(key=lambda r: r[0])
-                line = f"{n}x{k} {fmt} m={m} base {base[m] * 1e6:.1f}us:"
-                for seconds_, p in results[:3]:
-                    name = (
-                        f"dq{p.chunk}"
-                        if p.path == "dequant_cublas"
-                        else f"{p.path[0]}{p.bn}x{p.bm}b{p.bkw}w{p.warps}s{p.stages}k{p.split}"
-                        + ("" if p.block_sums else "c")
-                    )
-                    line += f" {name}={seconds_ * 1e6:.2f}({base[m] / seconds_:.2f})"
-                table.append(line)
-                (out / "bench.json").write_text(json.dumps(report))
-            packs.clear()
-            del weights
-        torch.cuda.empty_cache()
-    wrong = [r for r in report["rows"] if "problem" in r]
-    print(f"{len(report['rows'])} variants, {len(wrong)} failed, {time.monotonic() - began:.0f} s")
-    for text, times in Counter(r["problem"] for r in wrong).most_common(8):
-        print(f"  {times} x {text}")
-    print("not repeatable:", sum(1 for r in report["rows"] if r.get("repeats") is False))
-    print("\n".join(table))
+                base[m] = graph_seconds([partial(torch.mm, tokens[:m], w.T, out=y) for w in dense], 16)
+                f.write(json.dumps({"base": base[m], "m": m, "n": n, "k": k}) + "\n")
+            del dense
+            for fmt in formats:
+                weights = [_canonical(fmt, n, k, seed) for seed in range(max(2, ROTATE_BYTES // (n * k // 2)))]
+                packs: dict[Any, list[Any]] = {}
+                for m in ms:
+                    if time.time() > deadline:
+                        f.write(json.dumps({"skipped": f"{fmt} {n}x{k} m={m}"}) + "\n")
+                        continue
+                    for row in bench_cell(fmt, m, n, k, weights, packs, tokens[:m], base[m]):
+                        f.write(json.dumps(row) + "\n")
+                    f.flush()
+        if regime == "few":
+            report: dict[str, Any] = {}
+            f.write(json.dumps({"codecs": bench_codecs(report)}) + "\n")
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Best three variants a cell, problems, and whether a row's bits depend on the tokens beside it."""
+    lines = []
+    cells: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        if "fmt" in row:
+            cells.setdefault((row["n"], row["k"], row["fmt"]), []).append(row)
+    bases = {(r["n"], r["k"], r["m"]): r["base"] for r in rows if "base" in r}
+    for (n, k), items in groupby(sorted(bases.items()), key=lambda item: item[0][:2]):
+        lines.append(f"bf16 {n}x{k} us: " + " ".join(f"{m}={base * 1e6:.1f}" for (_, _, m), base in items))
+    for (n, k, fmt), variants in cells.items():
+        best = {}
+        for v in sorted((v for v in variants if "seconds" in v), key=lambda v: -float(v["seconds"])):
+            best[v["m"]] = v["ratio"]
+        ratios = " ".join(f"{m}={best[m]:.2f}" for m in sorted(best))
+        lines.append(f"{n}x{k} {fmt.removeprefix('absmax7_')}: {ratios}")
+    for (n, k, fmt), variants in cells.items():
+        for m in sorted({v["m"] for v in variants} if (n, k) == CELLS[0][:2] else {256}):
+            timed = sorted((v for v in variants if v["m"] == m and "seconds" in v), key=lambda v: float(v["seconds"]))
+            text = " ".join(f"{v['name']}={v['seconds'] * 1e6:.1f}({v['ratio']:.2f})" for v in timed[:4])
+            lines.append(f"{n} {fmt.removeprefix('absmax7_')} {m}: {text}")
+    for r in rows:
+        lines += [str(r[name])[:400] for name in ("skipped", "codecs", "regime") if name in r]
+    problems = Counter(f"{r['fmt']} {r['name']} {r['problem']}"[:150] for r in rows if "problem" in r)
+    lines += [f"PROBLEM {times} x {text}" for text, times in problems.most_common(8)]
+    unsteady = [r["name"] for r in rows if r.get("repeats") is False]
+    bits: dict[Any, set[int]] = {}
+    for r in rows:
+        if "row0" in r:
+            bits.setdefault((r["n"], r["k"], r["fmt"], r["plan"]["split"]), set()).add(r["row0"])
+    varying = [key for key, seen in bits.items() if len(seen) > 1]
+    lines.append(f"not repeatable: {unsteady[:5]}; row 0 of {len(bits)} weights x splits depends on m: {varying[:6]}")
+    return lines
+
+
+def bench(out: Path, seconds: float) -> None:
+    """See the module's text. The regimes share what is left of ``seconds`` after compiling and checking."""
+    import torch
+
+    began = time.time()
+    order = all_jobs()
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(16) as pool:
+        problems = pool.map(_compile_one, order, chunksize=2)
+        print(f"compiled {len(order)} variants in {time.time() - began:.0f} s", flush=True)
+        for text, times in Counter(p for p in problems if p).most_common(6):
+            print(f"  {times} x {text}")
+    checks = spawn.Pool(12)
+    checking = checks.apply_async(str)  # the pool starts while nothing is waited for
+    checking.get(60)
+    summary = checks.map_async(check_case, check_cases(), chunksize=1)
+    try:
+        results = summary.get(60)
+        (out / "checks.json").write_text(json.dumps(results))
+        wrong = [c for c in results if c["outcome"] != "PASSED"]
+        worst = max((c.get("worst", 0.0) for c in results), default=0.0)
+        print(f"{len(results)} check cases, {len(wrong)} not passed, worst error/budget {worst:.3f}", flush=True)
+        for c in wrong[:10]:
+            print("  ", str(c)[:260], flush=True)
+    except multiprocessing.TimeoutError:
+        print("the check cases did not end in 60 s", flush=True)
+    checks.terminate()
+    print(f"checked after {time.time() - began:.0f} s", flush=True)
+
+    rows: list[dict[str, Any]] = []
+    shares = {"few": 0.36, "mid": 0.25, "many": 0.39}
+    left = began + seconds - time.time()
+    for regime, share in shares.items():
+        deadline = time.time() + left * share
+        process = spawn.Process(target=bench_regime, args=(regime, out, deadline - 3))
+        process.start()
+        process.join(deadline + 12 - time.time())
+        if process.is_alive():
+            process.kill()
+            rows.append({"regime": f"{regime} was killed: a variant hung or the time was too short"})
+        elif process.exitcode:
+            rows.append({"regime": f"{regime} ended with exit code {process.exitcode}"})
+        path = out / f"{regime}.jsonl"
+        if path.exists():
+            rows += [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        print(f"{regime} done after {time.time() - began:.0f} s", flush=True)
+    props = torch.cuda.get_device_properties(0)
+    report = {"gpu": props.name, "torch": torch.__version__, "triton": triton.__version__, "rows": rows}
+    (out / "bench.json").write_text(json.dumps(report))
+    print(f"{props.name}, {sum('seconds' in r for r in rows)} variants timed, {time.time() - began:.0f} s")
+    print("\n".join(table(rows)))
 
 
 def main(arguments: list[str]) -> int:
@@ -451,12 +557,10 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["bench"] and len(arguments) >= 2:
         out = Path(arguments[1])
         out.mkdir(parents=True, exist_ok=True)
-        limit = float(arguments[2]) if len(arguments) > 2 else 120.0
-        if arguments[3:] == ["gluon"]:
-            bench(out, ("absmax7_row", "nvfp4"), (64, 256, 1024, 4096), limit, gluon_only=True)
-        else:
-            bench(out, ("absmax7_row", "nvfp4", "absmax7_g128"), (1, 4, 16, 64, 256, 1024, 4096), limit)
+        bench(out, float(arguments[2]) if len(arguments) > 2 else 200.0)
         return 0
+    if arguments == ["compile"]:
+        return compile_all()
     print(__doc__, file=sys.stderr)
     return 2
 

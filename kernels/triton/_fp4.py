@@ -10,6 +10,8 @@ integer arithmetic (``round_bf16_bits``) and stored through an int16 view.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -132,6 +134,13 @@ def e4m3_value(byte):
 
 
 @triton.jit
+def e8m0_value(byte):
+    """E8M0 bytes (int32) -> float32 2^(byte - 127): subnormal for 0, NaN for 255."""
+    value = tl.where(byte == 0, 1 << 22, byte << 23).to(tl.float32, bitcast=True)
+    return tl.where(byte == 255, float("nan"), value)
+
+
+@triton.jit
 def int4_operands(packed_i16, X: tl.constexpr, NATIVE: tl.constexpr):
     """Packed int16 (four codes an element) -> four tensors of integers -8..7, exact in the dtype of x."""
     if NATIVE:
@@ -204,28 +213,57 @@ def _any_scale(bits, X: tl.constexpr):
     return (half.to(tl.int32) & 0xFFFF) * 0x00010001
 
 
+#: Four E8M0 bytes of a word -> four registers holding 2^(byte - 1) twice: what brings an E2M1 code's bits, which as
+#: bf16 are the value times 2^-126, to value x 2^(byte - 127). Right for bytes 0 to 128 (``packing.E8M0_NARROW_MAX``).
+_E8M0_BF16 = tl.constexpr(
+    """{
+    .reg .b32 b0, b1, b2, b3;
+    prmt.b32 b0, $4, 0, 0x4440;
+    prmt.b32 b1, $4, 0, 0x4441;
+    prmt.b32 b2, $4, 0, 0x4442;
+    prmt.b32 b3, $4, 0, 0x4443;
+    mad.lo.u32 $0, b0, 0x00800080, 0x3F003F00;
+    mad.lo.u32 $1, b1, 0x00800080, 0x3F003F00;
+    mad.lo.u32 $2, b2, 0x00800080, 0x3F003F00;
+    mad.lo.u32 $3, b3, 0x00800080, 0x3F003F00;
+    }"""
+)
+#: 2^126 in bf16 and 2^14 in fp16, twice: E2M1 operands without a scale.
+_UNIT_BF16 = tl.constexpr(0x7E807E80)
+_UNIT_FP16 = tl.constexpr(0x74007400)
+
+
 @triton.jit
-def _spread(value, ROWS: tl.constexpr, BKW: tl.constexpr):
-    """[ROWS, BKW/16] -> [ROWS, BKW], every element 16 times."""
-    return tl.reshape(tl.broadcast_to(value[:, :, None], (ROWS, BKW // 16, 16)), (ROWS, BKW))
+def _spread(value, ROWS: tl.constexpr, BKW: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, BKW/COLUMNS] -> [ROWS, BKW], every element COLUMNS times."""
+    return tl.reshape(tl.broadcast_to(value[:, :, None], (ROWS, BKW // COLUMNS, COLUMNS)), (ROWS, BKW))
 
 
 @triton.jit
 def e2m1_scales(
-    word_i32, ROWS: tl.constexpr, BKW: tl.constexpr, X: tl.constexpr, NATIVE: tl.constexpr,
-    SMALL_SCALES: tl.constexpr,
+    word_i32, ROWS: tl.constexpr, BKW: tl.constexpr, COLUMNS: tl.constexpr, FORMAT: tl.constexpr, X: tl.constexpr,
+    NATIVE: tl.constexpr, SMALL_SCALES: tl.constexpr,
 ):  # fmt: skip
-    """E4M3 scale words [ROWS, BKW/16] -> for each code position a tensor [ROWS, BKW].
+    """Scale words [ROWS, BKW/COLUMNS] -> for each code position a tensor [ROWS, BKW].
 
-    NATIVE: int32 holding the scaled scale in both halves; SMALL_SCALES takes zero and subnormal scales too, more
-    slowly. Else float32.
+    NATIVE: int32 holding the scale twice, nvfp4's times 2^117 (bf16) or 2^5 (fp16), mxfp4's (bf16 only) times 2^126;
+    SMALL_SCALES takes zero and subnormal E4M3 scales too, more slowly. Else float32.
 
     Made of views, broadcasts and elementwise operations on a load, without index arithmetic: then the compiler moves
     the whole decode into the register layout of the matrix operand, instead of passing decoded weights through shared
     memory. Words of 32 bits let it prefetch the load asynchronously, and keep the layout of 16-bit operands.
     """
     if NATIVE:
-        if SMALL_SCALES:
+        if FORMAT == "mxfp4":
+            a, b, c, d = tl.inline_asm_elementwise(
+                _E8M0_BF16,
+                "=&r,=&r,=&r,=&r,r",
+                [word_i32],
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+                is_pure=True,
+                pack=1,
+            )
+        elif SMALL_SCALES:
             a = _any_scale(word_i32 & 0xFF, X)
             b = _any_scale((word_i32 >> 8) & 0xFF, X)
             c = _any_scale((word_i32 >> 16) & 0xFF, X)
@@ -248,21 +286,37 @@ def e2m1_scales(
                 is_pure=True,
                 pack=1,
             )
+    elif FORMAT == "mxfp4":
+        a = e8m0_value(word_i32 & 0xFF)
+        b = e8m0_value((word_i32 >> 8) & 0xFF)
+        c = e8m0_value((word_i32 >> 16) & 0xFF)
+        d = e8m0_value((word_i32 >> 24) & 0xFF)
     else:
         a = e4m3_value(word_i32 & 0xFF)
         b = e4m3_value((word_i32 >> 8) & 0xFF)
         c = e4m3_value((word_i32 >> 16) & 0xFF)
         d = e4m3_value((word_i32 >> 24) & 0xFF)
-    a, b = _spread(a, ROWS, BKW), _spread(b, ROWS, BKW)
-    c, d = _spread(c, ROWS, BKW), _spread(d, ROWS, BKW)
+    a, b = _spread(a, ROWS, BKW, COLUMNS), _spread(b, ROWS, BKW, COLUMNS)
+    c, d = _spread(c, ROWS, BKW, COLUMNS), _spread(d, ROWS, BKW, COLUMNS)
+    return a, b, c, d
+
+
+@triton.jit
+def e2m1_unscaled(packed_i16, X: tl.constexpr, NATIVE: tl.constexpr, TWIDDLED: tl.constexpr):
+    """Packed int16 -> the four code positions' E2M1 values, exact in x's dtype (NATIVE) or float32."""
+    if NATIVE:
+        unit = tl.full(packed_i16.shape, _UNIT_BF16 if X == "bf16" else _UNIT_FP16, tl.int32)
+    else:
+        unit = tl.full(packed_i16.shape, 1.0, tl.float32)
+    a, b, c, d = e2m1_operands(packed_i16, unit, unit, unit, unit, X, NATIVE, TWIDDLED)
     return a, b, c, d
 
 
 @triton.jit
 def e2m1_operands(packed_i16, f0, f1, f2, f3, X: tl.constexpr, NATIVE: tl.constexpr, TWIDDLED: tl.constexpr):
-    """Packed int16 and the spread scales of each code position -> four tensors of E2M1 x E4M3, exact in x's dtype.
+    """Packed int16 and the spread scales of each code position -> four tensors of E2M1 x scale, exact in x's dtype.
 
-    NATIVE: times 2^-9, see E2M1_DEFERRED.
+    NATIVE: nvfp4's are 2^-9 of it, see E2M1_DEFERRED.
     """
     if NATIVE:
         if X == "bf16":
@@ -299,6 +353,127 @@ def e2m1_operands(packed_i16, f0, f1, f2, f3, X: tl.constexpr, NATIVE: tl.conste
         b = e2m1_value(c1) * f1
         c = e2m1_value(c2) * f2
         d = e2m1_value(c3) * f3
+    return a, b, c, d
+
+
+#: NF4: a byte permute looks four codes up in eight bytes, so the low and the high bytes of the first and the last eight
+#: values take eight permutes; bit 3 of each code, spread over a byte, picks between the two halves of the table.
+_NF4 = """{{
+    .reg .b32 c, d, m, n, a, b, e, f, p, q, r, s;
+    and.b32 c, $4, 0x77777777;
+    shr.u32 d, c, 16;
+    shl.b32 a, $4, 4;
+    prmt.b32 m, a, $4, 0xD9C8;
+    prmt.b32 n, a, $4, 0xFBEA;
+    mov.b32 p, {0};
+    mov.b32 q, {1};
+    mov.b32 r, {2};
+    mov.b32 s, {3};
+    prmt.b32 a, p, q, c;
+    prmt.b32 b, r, s, c;
+    lop3.b32 a, m, b, a, 0xCA;
+    prmt.b32 e, p, q, d;
+    prmt.b32 f, r, s, d;
+    lop3.b32 e, n, f, e, 0xCA;
+    mov.b32 p, {4};
+    mov.b32 q, {5};
+    mov.b32 r, {6};
+    mov.b32 s, {7};
+    prmt.b32 b, p, q, c;
+    prmt.b32 f, r, s, c;
+    lop3.b32 b, m, f, b, 0xCA;
+    prmt.b32 f, p, q, d;
+    prmt.b32 p, r, s, d;
+    lop3.b32 f, n, p, f, 0xCA;
+    prmt.b32 c, a, b, 0x5140;
+    prmt.b32 d, a, b, 0x7362;
+    prmt.b32 m, e, f, 0x5140;
+    prmt.b32 n, e, f, 0x7362;
+    prmt.b32 $0, c, m, 0x5410;
+    prmt.b32 $1, c, m, 0x7632;
+    prmt.b32 $2, d, n, 0x5410;
+    prmt.b32 $3, d, n, 0x7632;
+}}"""
+#: The table's bytes rounded to bf16 and to fp16: low bytes of values 0..15, then high bytes.
+_NF4_BF16 = tl.constexpr(
+    _NF4.format(
+        *(
+            "0xCA063280",
+            "0x00BA3D92",
+            "0xAD7C25A3",
+            "0x803910E2",
+            "0xBEBFBFBF",
+            "0x00BDBEBE",
+            "0x3E3E3E3D",
+            "0x3F3F3F3E",
+        )
+    )
+)
+_NF4_FP16 = tl.constexpr(
+    _NF4.format(
+        *(
+            "0x52339200",
+            "0x00D4EA8D",
+            "0x68E02618",
+            "0x00C9800D",
+            "0xB6B8B9BC",
+            "0x00ADB1B4",
+            "0x3533312D",
+            "0x3C393837",
+        )
+    )
+)
+
+
+#: QLoRA's NormalFloat4 values (arXiv 2305.14314, appendix E), each exact in float32.
+NF4_TABLE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def nf4_table(device: Any) -> Any:
+    """The table as float32 [16] on a device, for kernels that look values up in memory."""
+    import torch
+
+    return torch.tensor(NF4_TABLE, dtype=torch.float32, device=device)
+
+
+@triton.jit
+def nf4_value(code, table_ptr):
+    """NF4 codes (int32, 0..15) -> float32 values, read from the table [16] (one cache line)."""
+    return tl.load(table_ptr + code)
+
+
+@triton.jit
+def nf4_operands(packed_i16, table_ptr, X: tl.constexpr, NATIVE: tl.constexpr):
+    """Packed int16 -> the four code positions' table values: rounded to x's dtype (NATIVE), or float32."""
+    if NATIVE:
+        if X == "bf16":
+            a, b, c, d = tl.inline_asm_elementwise(
+                _NF4_BF16,
+                "=&r,=&r,=&r,=&r,r",
+                [packed_i16],
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            a, b, c, d = tl.inline_asm_elementwise(
+                _NF4_FP16,
+                "=&r,=&r,=&r,=&r,r",
+                [packed_i16],
+                dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+                is_pure=True,
+                pack=2,
+            )
+    else:
+        p = packed_i16.to(tl.int32)
+        a = nf4_value(p & 0xF, table_ptr)
+        b = nf4_value((p >> 4) & 0xF, table_ptr)
+        c = nf4_value((p >> 8) & 0xF, table_ptr)
+        d = nf4_value((p >> 12) & 0xF, table_ptr)
     return a, b, c, d
 
 

@@ -64,7 +64,10 @@ _DESCRIPTORS = {
 
 
 #: The same with a window or capped scores, whose steps hold more.
-_DESCRIPTORS_EDGES = _DESCRIPTORS | {128: BackwardTiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 3))}
+_DESCRIPTORS_EDGES = _DESCRIPTORS | {
+    128: BackwardTiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
+    256: BackwardTiles(Tile(64, 32, 8, 2), Tile(16, 64, 8, 2)),
+}
 
 
 def table(dtype: str, *, descriptors: bool, shared_227kb: bool, edges: bool) -> dict[int, BackwardTiles]:

@@ -1,9 +1,9 @@
-"""Encoders and decoders of the four formats, bit for bit as the formats define them.
+"""Encoders and decoders of all formats, bit for bit as the formats define them.
 
-Encoding divides twice in IEEE float32 (``tl.div_rn``: Triton's ``/`` is not correctly rounded on NVIDIA GPUs), rounds
-integers half to even by adding and subtracting 1.5 x 2^23, and E2M1 by seven comparisons. The tensor-wide maximum takes
-a first kernel that leaves one maximum per program; every program of the second kernel takes the maximum of those, so
-no order and no atomic is involved.
+Encoding divides in IEEE float32 (``tl.div_rn``: Triton's ``/`` is not correctly rounded on NVIDIA GPUs), rounds
+integers half to even by adding and subtracting 1.5 x 2^23, E2M1 by seven comparisons and NF4 by fifteen. The
+tensor-wide maximum takes a first kernel that leaves one maximum per program; every program of the second kernel takes
+the maximum of those, so no order and no atomic is involved.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton.language as tl
 
 from vbench.backend import Device, Launch
 from vbench.errors import Unsupported
-from vbench.kernels.triton._fp4 import e2m1_value, e4m3_value, to_output
+from vbench.kernels.triton._fp4 import e2m1_value, e4m3_value, e8m0_value, nf4_table, nf4_value, to_output
 from vbench.kernels.triton.packing import GROUPS, check_weight
 from vbench.kernels.triton.probe import INTERPRETED, check_device
 from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics
@@ -25,6 +25,14 @@ from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics
 #: Programs of the absmax pass at most; each of the second kernel's programs reads that many partial maxima.
 MAX_PARTIALS = 1024
 ROUND_TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 x 2^23: adding it leaves no fraction bits for |v| < 2^22
+#: Encoding -> (format it decodes as, what is added to the float32 bits of a block's absmax before its exponent is
+#: taken: mxfp4's scale rules floor, even (up from 1.75), rceil (up from above 1.5), ceil (up from above 1)).
+ENCODINGS = {
+    **{fmt: (fmt, 0) for fmt in GROUPS},
+    "mxfp4_even": ("mxfp4", 1 << 21),
+    "mxfp4_rceil": ("mxfp4", (1 << 22) - 1),
+    "mxfp4_ceil": ("mxfp4", (1 << 23) - 1),
+}
 MIN_NORMAL = tl.constexpr(1.1754943508222875e-38)  # 2^-126
 
 
@@ -132,33 +140,63 @@ def encode_int_kernel(
 
 
 @triton.jit
-def encode_nvfp4_kernel(
-    w_ptr,  # [blocks, 16]: the weight, contiguous
-    codes_ptr,  # u8 [blocks, 8]
-    scale_ptr,  # u8 view of E4M3 [blocks]
+def _nf4_code(v):
+    """NF4 code as int32: the number of thresholds (midpoints of table neighbours, in float32) strictly below v."""
+    code = (v > -0.8480963706970215).to(tl.int32) + (v > -0.6106328964233398).to(tl.int32)
+    code += (v > -0.4599952697753906).to(tl.int32) + (v > -0.33967941999435425).to(tl.int32)
+    code += (v > -0.23460739850997925).to(tl.int32) + (v > -0.13791173696517944).to(tl.int32)
+    code += (v > -0.045525018125772476).to(tl.int32) + (v > 0.03979014977812767).to(tl.int32)
+    code += (v > 0.120255246758461).to(tl.int32) + (v > 0.2035212516784668).to(tl.int32)
+    code += (v > 0.2920137643814087).to(tl.int32) + (v > 0.3893125355243683).to(tl.int32)
+    code += (v > 0.5016634464263916).to(tl.int32) + (v > 0.6427869200706482).to(tl.int32)
+    code += (v > 0.8614784479141235).to(tl.int32)
+    return code
+
+
+@triton.jit
+def encode_blocks_kernel(
+    w_ptr,  # [blocks, GROUP]: the weight, contiguous
+    codes_ptr,  # u8 [blocks, GROUP/2]
+    scale_ptr,  # [blocks]: u8 view of E4M3 (nvfp4), E8M0 bytes (mxfp4) or float32 (nf4)
     global_ptr,  # float32 [1]
-    partial_ptr,  # float32 [count]
+    partial_ptr,  # float32 [count]: partial maxima (nvfp4 only)
     count,
     blocks,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROUNDING: tl.constexpr,
     BLOCKS: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """nvfp4: block scale E4M3(clamp(absmax / 6 / g, 2^-6, 448)), codes E2M1(w / (s g)); see the format's definition."""
-    step = tl.maximum(tl.div_rn(_tensor_absmax(partial_ptr, count, COUNT), 2688.0), MIN_NORMAL)
+    """nvfp4, mxfp4 and nf4: blocks along K with a scale of their own; see the formats' definitions.
+
+    ROUNDING: mxfp4's scale rule, see ENCODINGS.
+    """
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     ok = block < blocks
-    element = tl.arange(0, 16)
-    w = tl.load(w_ptr + block[:, None] * 16 + element[None, :], mask=ok[:, None], other=0.0).to(tl.float32)
-    ratio = tl.div_rn(tl.div_rn(tl.max(tl.abs(w), axis=1), 6.0), step)
-    bits = tl.minimum(tl.maximum(ratio, 0.015625), 448.0).to(tl.int32, bitcast=True)
-    # Round to 3 mantissa bits, half to even; the value is in E4M3's normal range, so only the bias differs.
-    byte = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-    scale = e4m3_value(byte)
-    codes = _e2m1_code(w, (scale * step)[:, None])
-    packed = _pack_pairs(codes, BLOCKS, 8)
-    pair = tl.arange(0, 8)
-    tl.store(codes_ptr + block[:, None] * 8 + pair[None, :], packed, mask=ok[:, None])
-    tl.store(scale_ptr + block, byte.to(tl.uint8), mask=ok)
+    element = tl.arange(0, GROUP)
+    w = tl.load(w_ptr + block[:, None] * GROUP + element[None, :], mask=ok[:, None], other=0.0).to(tl.float32)
+    absmax = tl.max(tl.abs(w), axis=1)
+    step = 1.0
+    if FORMAT == "nvfp4":
+        step = tl.maximum(tl.div_rn(_tensor_absmax(partial_ptr, count, COUNT), 2688.0), MIN_NORMAL)
+        ratio = tl.div_rn(tl.div_rn(absmax, 6.0), step)
+        bits = tl.minimum(tl.maximum(ratio, 0.015625), 448.0).to(tl.int32, bitcast=True)
+        # Round to 3 mantissa bits, half to even; the value is in E4M3's normal range, so only the bias differs.
+        byte = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+        codes = _e2m1_code(w, (e4m3_value(byte) * step)[:, None])
+        tl.store(scale_ptr + block, byte.to(tl.uint8), mask=ok)
+    elif FORMAT == "mxfp4":
+        byte = tl.maximum(((absmax.to(tl.int32, bitcast=True) + ROUNDING) >> 23) - 2, 0)
+        codes = _e2m1_code(w, e8m0_value(byte)[:, None])
+        tl.store(scale_ptr + block, byte.to(tl.uint8), mask=ok)
+    else:
+        scale = tl.maximum(absmax, MIN_NORMAL)
+        codes = _nf4_code(tl.div_rn(w, scale[:, None]))
+        tl.store(scale_ptr + block, scale, mask=ok)
+    packed = _pack_pairs(codes, BLOCKS, GROUP // 2)
+    pair = tl.arange(0, GROUP // 2)
+    tl.store(codes_ptr + block[:, None] * (GROUP // 2) + pair[None, :], packed, mask=ok[:, None])
     if tl.program_id(0) == 0:
         tl.store(global_ptr, step)
 
@@ -166,13 +204,14 @@ def encode_nvfp4_kernel(
 @triton.jit
 def decode_kernel(
     codes_ptr,  # u8 [rows, width/2]
-    scale_ptr,  # float32 or u8 view of E4M3: [rows], or one for all
+    scale_ptr,  # float32, u8 view of E4M3 or E8M0 bytes: [rows], or one for all
     global_ptr,  # float32 [1]
+    table_ptr,  # float32 [16], nf4 only
     y_ptr,  # [rows, width]; int16 view when rounded by bits
     row_count,
     width,
     ONE_SCALE: tl.constexpr,
-    NVFP4: tl.constexpr,
+    FORMAT: tl.constexpr,
     Y: tl.constexpr,
     INTERPRETED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -184,11 +223,17 @@ def decode_kernel(
     row_ok = row < row_count
     ok = row_ok & (pair < width // 2)
     byte = tl.load(codes_ptr + row * (width // 2) + pair, mask=ok, other=0).to(tl.int32)
-    if NVFP4:
+    if FORMAT == "nvfp4":
         low, high = e2m1_value(byte & 0xF), e2m1_value(byte >> 4)
         scale = e4m3_value(tl.load(scale_ptr + row, mask=row_ok, other=0).to(tl.int32))
         factor = tl.load(global_ptr)
         low, high = low * scale * factor, high * scale * factor
+    elif FORMAT == "mxfp4":
+        scale = e8m0_value(tl.load(scale_ptr + row, mask=row_ok, other=0).to(tl.int32))
+        low, high = e2m1_value(byte & 0xF) * scale, e2m1_value(byte >> 4) * scale
+    elif FORMAT == "nf4":
+        scale = tl.load(scale_ptr + row, mask=row_ok, other=0.0)
+        low, high = nf4_value(byte & 0xF, table_ptr) * scale, nf4_value(byte >> 4, table_ptr) * scale
     else:
         # The nibble as the last bits of 2^23, minus 2^23 + 8: exact, and cheaper than converting an integer.
         low = ((byte & 0xF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
@@ -223,7 +268,8 @@ class QuantizeKernel:
 
     def __init__(self, case: Case, device: Device) -> None:
         self.device: Device = device
-        self.fmt, self.w = case.text("fmt"), case.text("w")
+        self.fmt, self.rounding = ENCODINGS[case.text("fmt")]
+        self.w = case.text("w")
         self.n, self.k = case.axis("n"), case.axis("k")
 
     def bind(self, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> Launch:
@@ -251,12 +297,13 @@ class QuantizeKernel:
         def launch() -> None:
             if needs_absmax:
                 absmax_partials_kernel[(count,)](w, partial, total, per_program, BLOCK=block, num_warps=8)
-            if self.fmt == "nvfp4":
-                blocks = total // 16
-                per = 16 if INTERPRETED and blocks < 256 else 256
-                encode_nvfp4_kernel[(triton.cdiv(blocks, per),)](
-                    w, codes, scale.view(torch.uint8), global_scale, partial, count, blocks,
-                    BLOCKS=per, COUNT=count_pad, num_warps=4,
+            if self.fmt in ("nvfp4", "mxfp4", "nf4"):
+                blocks = total // group
+                per = 16 if INTERPRETED and blocks < 256 else 4096 // group
+                encode_blocks_kernel[(triton.cdiv(blocks, per),)](
+                    w, codes, scale.view(torch.uint8) if self.fmt == "nvfp4" else scale, global_scale, partial, count,
+                    blocks, FORMAT=self.fmt, GROUP=group, ROUNDING=self.rounding, BLOCKS=per, COUNT=count_pad,
+                    num_warps=4,
                 )  # fmt: skip
                 return
             block_k, rows = (128, 32) if group == 128 else (1024, 1) if group == -1 else (256, 16)
@@ -291,7 +338,7 @@ class DequantizeKernel:
         """
         for name in ("codes", "scale", "global_scale"):
             _contiguous(name, inputs[name], tuple(inputs[name].shape), self.device)
-        check_weight(self.fmt, inputs, self.n, self.k)
+        check_weight(self.fmt, inputs, self.n, self.k, nan_scales=True)
         weight = _stored(out["weight"], self.y)
         launcher = decode_launcher(self.fmt, self.y, inputs, weight, self.n, self.k)
 
@@ -319,6 +366,7 @@ def decode_launcher(
     """
     codes, scale, global_scale = inputs["codes"], inputs["scale"], inputs["global_scale"]
     group = GROUPS[fmt]
+    values = nf4_table(weight.device) if fmt == "nf4" else global_scale
     if fmt == "nvfp4":
         scale = scale.view(torch.uint8)
     rows, width = (n * k // group, group) if group > 0 else (n, k)
@@ -331,8 +379,8 @@ def decode_launcher(
 
     def launch() -> None:
         decode_kernel[grid](
-            codes, scale, global_scale, weight, rows, width,
-            ONE_SCALE=group == 0, NVFP4=fmt == "nvfp4", Y=y, INTERPRETED=INTERPRETED,
+            codes, scale, global_scale, values, weight, rows, width,
+            ONE_SCALE=group == 0, FORMAT=fmt, Y=y, INTERPRETED=INTERPRETED,
             ROWS=per_rows, PAIRS=pairs, num_warps=warps,
         )  # fmt: skip
 
@@ -340,7 +388,7 @@ def decode_launcher(
 
 
 def _check_case(case: Case) -> None:
-    n, k, group = case.axis("n"), case.axis("k"), GROUPS[case.text("fmt")]
+    n, k, group = case.axis("n"), case.axis("k"), GROUPS[ENCODINGS[case.text("fmt")][0]]
     if n * k == 0:
         raise Unsupported("zero_size", f"n={n}, k={k}: nothing to encode")
     if k % 2:

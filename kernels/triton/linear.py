@@ -1,11 +1,12 @@
 """fp4_linear: which kernel serves which case (explicit tables), binding, and the capability check.
 
-Batch invariance: up to SPLIT_MAX_M tokens the parts of K and the order inside them depend on (n, k) only, so a row of y
-does not depend on how many tokens come with it. Beyond, K is summed front to back.
+Batch invariance: up to SPLIT_MAX_M tokens the parts of K and the order inside them depend on (n, k) only and are the
+same in every kernel, so a row of y does not depend on how many tokens come with it. Beyond, K is summed front to back.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,18 +16,31 @@ import triton
 
 from vbench.backend import Device, Launch
 from vbench.errors import Unsupported
-from vbench.kernels.triton import linear_gluon_host
+from vbench.kernels.triton import linear_gluon_host, linear_stationary_host
+from vbench.kernels.triton._fp4 import nf4_table
 from vbench.kernels.triton.linear_dequant import OPERAND_ROUNDINGS, bind_dequant, takes
 from vbench.kernels.triton.linear_fused import fused_linear_kernel
-from vbench.kernels.triton.packing import GROUPS, ROW_PAD, PackedWeight, check_weight, pack_weight
+from vbench.kernels.triton.packing import (
+    BYTE_SCALES,
+    GROUPS,
+    ROW_PAD,
+    Order,
+    PackedWeight,
+    check_weight,
+    has_wide_scales,
+    pack_weight,
+)
 from vbench.kernels.triton.probe import INTERPRETED, check_device
 from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics
 
 SPLIT_MAX_M = 64
-#: n times the parts of K should reach this: 200 programs of 64 rows keep 132 multiprocessors' loads in flight.
-SPLIT_ROWS = 12800
-#: Packed blocks a program of a split should at least have, so that its pipeline fills.
-MIN_BLOCKS_PER_SPLIT = 4
+#: n times the parts of K should reach this: 112 programs of 256 rows for 132 multiprocessors.
+SPLIT_ROWS = 28672
+#: Columns of K that a sum of its own is formed of, up to SPLIT_MAX_M tokens: what a packed block of the fused kernel
+#: holds there.
+PART_COLUMNS = 256
+#: Such blocks a program of a split should at least have, so that its pipeline fills.
+MIN_BLOCKS_PER_SPLIT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +48,20 @@ class Plan:
     """How one case is computed.
 
     Args:
-        path: ``fused`` (tiles; decoding in registers), ``gluon`` (the same on Hopper, warp-specialised) or
-            ``dequant_cublas`` (decode to scratch memory, then the vendor's GEMM).
+        path: ``fused`` (tiles; decoding in registers), ``gluon`` (the same on Hopper, warp-specialised),
+            ``stationary`` (few tokens on Hopper, tokens in registers) or ``dequant_cublas`` (decode to scratch memory,
+            then the vendor's GEMM).
         bn, bm: output features and tokens of a tile.
         bkw: columns of a packed tile; a K block is four times as wide.
         warps, stages: as Triton means them (``gluon``: all its partitions' warps).
-        split: parts of K in different programs (``fused``).
+        split: parts that K is summed in (``fused``: in different programs).
         block_sums: ``fused``: add one float32 sum a K block instead of carrying the matrix unit's accumulator along.
         chunk: ``dequant_cublas``: weight rows decoded at a time; the scratch they fill should stay in L2.
+        wide: mxfp4 with float32 scales on sums instead of scales in the operand: see ``packing.PackedWeight``.
+        dependent: ``stationary``: begin to fetch weights before the kernel in front has finished.
     """
 
-    path: Literal["fused", "gluon", "dequant_cublas"]
+    path: Literal["fused", "gluon", "stationary", "dequant_cublas"]
     bn: int
     bm: int
     bkw: int
@@ -53,6 +70,8 @@ class Plan:
     split: int = 1
     block_sums: bool = True
     chunk: int = 0
+    wide: bool = False
+    dependent: bool = False
 
 
 Table = tuple[tuple[int, Plan], ...]
@@ -68,33 +87,43 @@ _SCALE_IN_EPILOGUE: Table = (
     (64, Plan("fused", 64, 64, 64, 4, 3)),
     (2**31, Plan("fused", 128, 128, 32, 4, 3, block_sums=False)),
 )
+_FLOAT_GROUPS: Table = (
+    *_UP_TO_32,
+    (64, Plan("fused", 128, 64, 64, 8, 3)),
+    (512, Plan("fused", 64, 128, 32, 4, 3)),
+    (2**31, Plan("fused", 128, 128, 32, 8, 3)),
+)
+_E2M1: Table = (
+    *_UP_TO_32,
+    (64, Plan("fused", 128, 64, 64, 8, 3)),
+    (2**31, Plan("fused", 256, 128, 32, 8, 3, block_sums=False)),
+)
 #: Format -> (largest m, plan)..., for 16-bit x. Measured on one H200: docs/tuning/fp4.md.
 TABLES: Mapping[str, Table] = {
     "absmax7_tensor": _SCALE_IN_EPILOGUE,
     "absmax7_row": _SCALE_IN_EPILOGUE,
-    "absmax7_g128": (
-        *_UP_TO_32,
-        (64, Plan("fused", 128, 64, 64, 8, 3)),
-        (512, Plan("fused", 64, 128, 32, 4, 3)),
-        (2**31, Plan("fused", 128, 128, 32, 8, 3)),
-    ),
-    "nvfp4": (
-        *_UP_TO_32,
-        (64, Plan("fused", 128, 64, 64, 8, 3)),
-        (2**31, Plan("fused", 256, 128, 32, 8, 3, block_sums=False)),
-    ),
+    "absmax7_g128": _FLOAT_GROUPS,
+    "nvfp4": _E2M1,
+    "mxfp4": _E2M1,
+    "nf4": _FLOAT_GROUPS,
 }
+#: mxfp4 with float32 scales on sums: a block's code position is a group.
+TABLE_WIDE: Table = (
+    (16, Plan("fused", 64, 16, 32, 4, 4, wide=True)),
+    (64, Plan("fused", 64, 64, 32, 4, 3, wide=True)),
+    (2**31, Plan("fused", 64, 128, 32, 8, 3, wide=True)),
+)
 #: float32 x, whose products run on the ordinary units: small tiles, narrow blocks.
 TABLE_FP32: Table = (
     (16, Plan("fused", 64, 16, 16, 4, 3)),
     (2**31, Plan("fused", 64, 32, 16, 8, 3)),
 )
-#: Gluon tiles (features, tokens, stages) and the measured cost of one wave of them on 132 multiprocessors, microseconds
-#: at k = 4096: (absmax7_row, nvfp4). Chosen is the tile whose whole waves cost least.
-GLUON_TILES: tuple[tuple[int, int, int, float, float], ...] = (
-    (256, 128, 3, 43.5, 53.0),
-    (128, 128, 4, 23.2, 29.0),
-    (128, 64, 6, 18.0, 21.7),
+#: Gluon tiles (features, tokens, stages) for many tokens and the cost of one wave of them on 132 multiprocessors,
+#: microseconds at k = 4096: (integers, E2M1, float32 groups). Chosen is the tile whose whole waves cost least.
+GLUON_TILES: tuple[tuple[int, int, int, tuple[float, float, float]], ...] = (
+    (256, 128, 3, (43.5, 50.0, math.inf)),
+    (128, 128, 4, (23.2, 27.0, 25.0)),
+    (128, 64, 6, (18.0, 20.0, 19.0)),
 )
 GLUON_PROCESSORS = 132
 #: Format -> smallest m from which decoding to scratch memory and the vendor's GEMM wins.
@@ -103,42 +132,85 @@ DEQUANT_FROM_M: Mapping[str, int] = {
     "absmax7_row": 3072,
     "absmax7_g128": 1024,
     "nvfp4": 2048,
+    "mxfp4": 2048,
+    "nf4": 1024,
 }
 DEQUANT_CHUNK = 2048
 
 
-def split_count(n: int, k: int, bkw: int) -> int:
-    """Parts of K for up to SPLIT_MAX_M tokens: a power of two, from n and k only."""
+def split_count(n: int, k: int) -> int:
+    """Parts of K for up to SPLIT_MAX_M tokens, from n and k only; none is empty."""
     rows = -(-n // ROW_PAD) * ROW_PAD
-    blocks = -(-k // (4 * bkw))
+    blocks = -(-k // PART_COLUMNS)
     split = 1
     while rows * split < SPLIT_ROWS and blocks // (2 * split) >= MIN_BLOCKS_PER_SPLIT and split < 16:
         split *= 2
-    return split
+    while blocks > split * linear_stationary_host.MAX_BLOCKS:
+        split *= 2
+    part = -(-blocks // split)
+    return -(-blocks // part)
 
 
-def choose_gluon(m: int, n: int, fmt: str) -> Plan:
-    """The Gluon tile whose waves cost least."""
-
-    def cost(tile: tuple[int, int, int, float, float]) -> float:
-        bn, bm, _, integers, nvfp4 = tile
-        waves = -(-(-(-m // bm) * -(-n // bn)) // GLUON_PROCESSORS)
-        return waves * (nvfp4 if fmt == "nvfp4" else integers)
-
-    bn, bm, stages, _, _ = min(GLUON_TILES, key=cost)
-    return Plan("gluon", bn, bm, linear_gluon_host.BKW, 12, stages)
+def needs_wide(fmt: str, x: str) -> bool:
+    """Whether mxfp4's scales must multiply sums whatever they are: float16 operands have not their range."""
+    return fmt == "mxfp4" and x == "fp16"
 
 
-def choose_plan(m: int, n: int, k: int, fmt: str, x: str, act: str, device: Device, hopper: bool = False) -> Plan:
-    """The tables' entry for a case. ``hopper``: the Gluon kernel can run here and suits the tensors."""
-    if device == "cuda" and m >= DEQUANT_FROM_M[fmt] and takes(fmt, x, act):
+def choose_gluon(m: int, n: int, k: int, fmt: str) -> Plan:
+    """The Gluon tile whose waves cost least; K in parts where the tiles would leave most multiprocessors idle."""
+    column = 1 if fmt in BYTE_SCALES else 2 if GROUPS[fmt] > 0 else 0
+
+    def tiles(bn: int, bm: int) -> int:
+        return -(-m // bm) * -(-n // bn)
+
+    def parts(bn: int, bm: int) -> int:
+        blocks, split = -(-k // PART_COLUMNS), 1
+        while 2 * split * tiles(bn, bm) <= GLUON_PROCESSORS and blocks // (2 * split) >= 4:
+            split *= 2
+        return split
+
+    def cost(tile: tuple[int, int, int, tuple[float, float, float]]) -> float:
+        bn, bm, _, costs = tile
+        split = parts(bn, bm)
+        waves = -(-tiles(bn, bm) * split // GLUON_PROCESSORS)
+        return waves * costs[column] / split
+
+    bn, bm, stages, _ = min(GLUON_TILES, key=cost)
+    # nf4's two sums a block stay in flight together only where they are added block by block.
+    sums = fmt == "nf4"
+    return Plan("gluon", bn, 64 if sums else bm, linear_gluon_host.BKW, 12, stages, parts(bn, bm), block_sums=sums)
+
+
+def choose_gluon_few(m: int, n: int, k: int, fmt: str) -> Plan:
+    """Up to SPLIT_MAX_M tokens: the order of sums is given, and the tile as wide as registers allow."""
+    grouped = GROUPS[fmt] > 0 and fmt not in BYTE_SCALES
+    bm = 32 if m <= 32 else 64
+    bn, stages = (128, 6) if grouped else (256, 4)
+    return Plan("gluon", bn, bm, linear_gluon_host.BKW, 12, stages, split_count(n, k))
+
+
+def choose_plan(
+    m: int, n: int, k: int, fmt: str, x: str, act: str, device: Device, hopper: bool = False, wide: bool = False
+) -> Plan:
+    """The tables' entry for a case.
+
+    Args:
+        hopper: the Gluon kernels can run here and suit the tensors.
+        wide: mxfp4 scales must multiply sums (``packing.PackedWeight``).
+    """
+    if not wide and device == "cuda" and m >= DEQUANT_FROM_M[fmt] and takes(fmt, x, act):
         return Plan("dequant_cublas", 0, 0, 0, 0, 0, chunk=DEQUANT_CHUNK)
     if hopper and m > SPLIT_MAX_M and linear_gluon_host.takes(fmt, x, n, k):
-        return choose_gluon(m, n, fmt)
-    plan = next(p for limit, p in (TABLE_FP32 if x == "fp32" else TABLES[fmt]) if m <= limit)
+        return choose_gluon(m, n, k, fmt)
+    if hopper and m > linear_stationary_host.MAX_TOKENS and linear_gluon_host.takes(fmt, x, n, k):
+        return choose_gluon_few(m, n, k, fmt)
+    if hopper and m <= linear_stationary_host.MAX_TOKENS and linear_stationary_host.takes(fmt, x, k):
+        return Plan("stationary", 16, linear_stationary_host.tokens(m), 16, 16, 1, split_count(n, k), dependent=True)
+    table = TABLE_FP32 if x == "fp32" else TABLE_WIDE if wide else TABLES[fmt]
+    plan = next(p for limit, p in table if m <= limit)
     if m <= SPLIT_MAX_M:
-        plan = replace(plan, split=split_count(n, k, plan.bkw))
-    return plan
+        plan = replace(plan, split=split_count(n, k))
+    return replace(plan, wide=wide)
 
 
 class LinearKernel:
@@ -159,8 +231,11 @@ class LinearKernel:
         self.m, self.n, self.k = case.axis("m"), case.axis("n"), case.axis("k")
         self.has_bias = bool(case.axis("bias"))
         self.plan = plan
-        roundings = OPERAND_ROUNDINGS[self.fmt, self.x] if plan.path == "dequant_cublas" else ()
-        self.numerics = Numerics("fp32" if INTERPRETED or self.x == "fp32" else "tensor_core", roundings)
+        native = not INTERPRETED and self.x != "fp32"
+        roundings: tuple[str, ...] = (self.x,) if native and self.fmt == "nf4" else ()
+        if plan.path == "dequant_cublas":
+            roundings = OPERAND_ROUNDINGS[self.fmt, self.x]
+        self.numerics = Numerics("tensor_core" if native else "fp32", roundings)
 
     def _check(self, inputs: Mapping[str, Any]) -> None:
         dtype = getattr(torch, TORCH_DTYPE_NAMES[self.x])
@@ -192,15 +267,23 @@ class LinearKernel:
         """
         self._check(inputs)
         x, y, bias = inputs["x"], out["y"], inputs.get("bias") if self.has_bias else None
+        wide = needs_wide(self.fmt, self.x) or has_wide_scales(inputs["scale"])
+        gluon = self.plan.path in ("gluon", "stationary")
+        if (wide and not self.plan.wide) or (gluon and not linear_gluon_host.takes_tensors(inputs, x, y)):
+            # An explicit rule, not a fallback on failure: the copy engine needs aligned rows, the fast scale decode
+            # normal scales, and an operand has not the range of all E8M0 scales. ``plan`` says what was taken.
+            self.plan = choose_plan(self.m, self.n, self.k, self.fmt, self.x, self.act, self.device, wide=wide)
         if self.plan.path == "dequant_cublas":
             return bind_dequant(self.fmt, inputs, x, bias, y, self.x, self.act, self.plan.chunk)
-        twiddled = self.fmt == "nvfp4" and self.x == "bf16"
-        if self.plan.path == "gluon" and not linear_gluon_host.takes_tensors(inputs, x, y):
-            # An explicit rule, not a fallback on failure: the copy engine needs aligned rows, the fast scale decode
-            # normal scales. ``plan`` says what was taken.
-            self.plan = choose_plan(self.m, self.n, self.k, self.fmt, self.x, self.act, self.device)
-        packed = pack_weight(self.fmt, inputs, self.n, self.k, self.plan.bkw, twiddled)
+        packed = pack_for(self.plan, self.fmt, inputs, self.n, self.k, self.x)
         return bind_packed(packed, x, bias, y, self.x, self.act, self.plan)
+
+
+def pack_for(plan: Plan, fmt: str, weight: Mapping[str, Any], n: int, k: int, x: str) -> PackedWeight:
+    """The weight in the layout that the plan's kernel reads."""
+    twiddled = fmt in BYTE_SCALES and x == "bf16"
+    order: Order = "fragments" if plan.path == "stationary" else "rows"
+    return pack_weight(fmt, weight, n, k, plan.bkw, twiddled, plan.wide, order)
 
 
 def fused_call(
@@ -213,10 +296,13 @@ def fused_call(
     elements = m_tiles * n_tiles * split * plan.bn * plan.bm if split > 1 else 4
     partial = torch.empty(elements, dtype=torch.float32, device=x.device)
     tickets = torch.zeros(m_tiles * n_tiles, dtype=torch.int32, device=x.device)
-    scale = weight.scale.reshape(-1).view(torch.int32) if weight.fmt == "nvfp4" else weight.scale
+    floats = weight.scale.dtype == torch.float32
+    scale = weight.scale if floats else weight.scale.reshape(-1).view(torch.int32)
+    table = nf4_table(x.device) if weight.fmt == "nf4" else weight.global_scale
     stored = y.view(torch.int16) if INTERPRETED and x_name == "bf16" else y
     constants: dict[str, Any] = {
         "FORMAT": weight.fmt,
+        "GROUP": max(GROUPS[weight.fmt], 0) if floats else 0,
         "X": x_name,
         "ACT": act,
         "HAS_BIAS": bias is not None,
@@ -224,7 +310,7 @@ def fused_call(
         "BM": plan.bm,
         "BKW": plan.bkw,
         "SPLIT": split,
-        "EVEN_K": k % (4 * plan.bkw) == 0,
+        "EVEN_K": k == weight.k_blocks * 4 * plan.bkw,
         "NATIVE": not INTERPRETED and x_name != "fp32",
         "INTERPRETED": INTERPRETED,
         "TWIDDLED": weight.twiddled,
@@ -235,7 +321,7 @@ def fused_call(
         "num_stages": plan.stages,
     }
     arguments = (
-        x, weight.codes, scale, weight.global_scale, x if bias is None else bias, stored, partial, tickets,
+        x, weight.codes, scale, weight.global_scale, table, x if bias is None else bias, stored, partial, tickets,
         m, n, k, x.stride(0), y.stride(0), weight.k_blocks, triton.cdiv(weight.k_blocks, split),
     )  # fmt: skip
     return (m_tiles * n_tiles, split), arguments, constants
@@ -244,7 +330,10 @@ def fused_call(
 def bind_packed(weight: PackedWeight, x: Any, bias: Any, y: Any, x_name: str, act: str, plan: Plan) -> Launch:
     """A launch of the plan's kernel on a packed weight."""
     if plan.path == "gluon":
-        return linear_gluon_host.bind_gluon(weight, x, bias, y, x_name, act, plan.bn, plan.bm, plan.stages)
+        tile = (plan.bn, plan.bm, plan.stages)
+        return linear_gluon_host.bind_gluon(weight, x, bias, y, x_name, act, tile, plan.split, plan.block_sums)
+    if plan.path == "stationary":
+        return linear_stationary_host.bind_stationary(weight, x, bias, y, x_name, act, plan.split, plan.dependent)
     grid, arguments, constants = fused_call(weight, x, bias, y, x_name, act, plan)
 
     def launch() -> None:
@@ -271,4 +360,6 @@ def make(case: Case, variant: str, device: Device) -> LinearKernel:
     if (n + ROW_PAD) * (k + 256) // 4 >= 2**31:
         raise Unsupported("too_large", f"n={n}, k={k}: packed offsets must fit 31 bits; split the layer")
     hopper = device == "cuda" and linear_gluon_host.available()
-    return LinearKernel(case, device, choose_plan(m, n, k, fmt, case.text("x"), case.text("act"), device, hopper))
+    x = case.text("x")
+    wide = needs_wide(fmt, x)
+    return LinearKernel(case, device, choose_plan(m, n, k, fmt, x, case.text("act"), device, hopper and not wide, wide))

@@ -11,10 +11,11 @@ from itertools import product
 from typing import Any
 
 from vbench.backend import Configuration, Cubin, Effort, Unit
-from vbench.kernels.triton import codec, linear, linear_gluon_host
+from vbench.kernels.triton import codec, linear, linear_stationary_host
 from vbench.kernels.triton.aot import POINTERS, compile_kernel, cubin
-from vbench.kernels.triton.linear import Plan
+from vbench.kernels.triton.linear import PART_COLUMNS, Plan
 from vbench.kernels.triton.linear_fused import fused_linear_kernel
+from vbench.kernels.triton.packing import BYTE_SCALES, GROUPS
 
 #: Local memory allowed where it lies outside the loops, bytes a thread.
 EPILOGUE_SPILL_BYTES = 256
@@ -28,6 +29,12 @@ AMPERE_SPILL_SHARE = 0.02
 AMPERE_SPILL_REASON = (
     "a tile of 128 tokens tuned on sm_90; on sm_80 ptxas spills in its loop too, held to 2 % of the loop's "
     "instructions (docs/tuning/fp4.md, What the compiler makes of it)"
+)
+#: Loops that fill the registers on purpose: tokens or sums stay in them while the next weights arrive.
+LOOP_SPILL_SHARE = 0.02
+GLUON_SPILL_REASON = (
+    "registers are filled on purpose; what spills lies in the epilogue or is an address, and loops are held to 2 % of "
+    "their instructions (docs/tuning/fp4.md, What the compiler makes of it)"
 )
 NVFP4_SPILL_BYTES = 16
 NVFP4_SPILL_REASON = (
@@ -53,16 +60,55 @@ def _ptx_figures(compiled: Any) -> dict[str, float]:
     }
 
 
+def float_group(fmt: str, plan: Plan) -> int:
+    """Columns that share a float32 scale, or 0."""
+    return 0 if fmt in BYTE_SCALES and not plan.wide else max(GROUPS[fmt], 0)
+
+
+def scale_type(fmt: str, plan: Plan) -> str:
+    """What the scales are read as: words of four bytes, or float32."""
+    return "*i32" if fmt in BYTE_SCALES and not plan.wide else "*fp32"
+
+
+def compile_stationary(plan: Plan, fmt: str, x: str, k: int, act: str = "none", bias: bool = False) -> Any:
+    """The stationary kernel of a plan for k columns, compiled ahead of time for sm_90."""
+    from vbench.kernels.triton.linear_stationary import stationary_kernel
+
+    on, group = linear_stationary_host.mapping(k, plan.split), float_group(fmt, plan)
+    constants: dict[str, Any] = {
+        "FORMAT": fmt, "X": x, "ACT": act, "HAS_BIAS": bias, "BM": plan.bm, "W": on.warps, "PART": on.part,
+        "PARTS": on.parts, "SPLIT": on.split, "GROUPS": PART_COLUMNS // group if group else 0,
+        "DEPENDENT": plan.dependent,
+    }  # fmt: skip
+    types = {
+        "x_ptr": POINTERS[x], "words_ptr": "*i32", "scale_ptr": scale_type(fmt, plan), "global_ptr": "*fp32",
+        "bias_ptr": POINTERS[x], "y_ptr": POINTERS[x], "partial_ptr": "*fp32", "ticket_ptr": "*i32",
+    }  # fmt: skip
+    return compile_kernel(
+        stationary_kernel,
+        90,
+        types=types,
+        constants=constants,
+        divisible=("N", "K", "stride_xm", "stride_ym"),
+        gluon=True,
+        num_warps=on.warps,
+        launch_pdl=plan.dependent,
+        maxnreg=65536 // (32 * linear_stationary_host.WARPS),
+    )
+
+
 def compile_fused(plan: Plan, fmt: str, x: str, arch: int, act: str = "none", bias: bool = False) -> Any:
     """The fused kernel of a plan, compiled ahead of time; all sizes divisible by 16."""
     constants: dict[str, Any] = {
-        "FORMAT": fmt, "X": x, "ACT": act, "HAS_BIAS": bias, "BN": plan.bn, "BM": plan.bm, "BKW": plan.bkw,
-        "SPLIT": plan.split, "EVEN_K": True, "NATIVE": x != "fp32", "INTERPRETED": False,
-        "TWIDDLED": fmt == "nvfp4" and x == "bf16", "GROUP_M": 8, "BLOCK_SUMS": plan.block_sums, "SMALL_SCALES": False,
+        "FORMAT": fmt, "GROUP": float_group(fmt, plan), "X": x, "ACT": act, "HAS_BIAS": bias, "BN": plan.bn,
+        "BM": plan.bm, "BKW": plan.bkw, "SPLIT": plan.split, "EVEN_K": True, "NATIVE": x != "fp32",
+        "INTERPRETED": False, "TWIDDLED": fmt in BYTE_SCALES and x == "bf16", "GROUP_M": 8,
+        "BLOCK_SUMS": plan.block_sums, "SMALL_SCALES": False,
     }  # fmt: skip
     types = {
-        "x_ptr": POINTERS[x], "codes_ptr": "*i16", "scale_ptr": "*i32" if fmt == "nvfp4" else "*fp32",
-        "global_ptr": "*fp32", "bias_ptr": POINTERS[x], "y_ptr": POINTERS[x], "partial_ptr": "*fp32",
+        "x_ptr": POINTERS[x], "codes_ptr": "*i16", "scale_ptr": scale_type(fmt, plan),
+        "global_ptr": "*fp32", "table_ptr": "*fp32", "bias_ptr": POINTERS[x], "y_ptr": POINTERS[x],
+        "partial_ptr": "*fp32",
         "ticket_ptr": "*i32",
     }  # fmt: skip
     divisible = ("N", "K", "stride_xm", "stride_ym")
@@ -86,8 +132,9 @@ def compile_gluon(plan: Plan, fmt: str, x: str, act: str = "none", bias: bool = 
 
     rows = plan.bn // 2
     constants: dict[str, Any] = {
-        "FORMAT": fmt, "X": x, "ACT": act, "HAS_BIAS": bias, "ROWS": rows, "BM": plan.bm, "STAGES": plan.stages,
-        "GROUP_M": 8, "REGISTERS": REGISTERS,
+        "FORMAT": fmt, "GROUP": float_group(fmt, plan), "X": x, "ACT": act, "HAS_BIAS": bias, "ROWS": rows,
+        "BM": plan.bm, "STAGES": plan.stages, "GROUP_M": 8, "BLOCK_SUMS": plan.block_sums, "SPLIT": plan.split > 1,
+        "REGISTERS": REGISTERS,
     }  # fmt: skip
     tile = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
     result = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -95,9 +142,11 @@ def compile_gluon(plan: Plan, fmt: str, x: str, act: str = "none", bias: bool = 
         "x_desc": f"tensordesc<{x}[{plan.bm}, 32],{tile!r}>",
         "codes_desc": f"tensordesc<i16[64, 32],{tile!r}>",
         "y_desc": f"tensordesc<{x}[{plan.bm}, {rows}],{result!r}>",
-        "scale_ptr": "*i32" if fmt == "nvfp4" else "*fp32",
+        "scale_ptr": scale_type(fmt, plan),
         "global_ptr": "*fp32",
         "bias_ptr": POINTERS[x],
+        "partial_ptr": "*fp32",
+        "ticket_ptr": "*i32",
     }
     return compile_kernel(gluon_linear_kernel, 90, types=types, constants=constants, gluon=True, num_warps=4)
 
@@ -110,6 +159,14 @@ def _fused_cubin(plan: Plan, fmt: str, x: str, arch: int) -> Cubin:
 def _gluon_cubin(plan: Plan, fmt: str, x: str) -> Cubin:
     compiled = compile_gluon(plan, fmt, x, "gelu", True)
     return cubin(compiled, **_ptx_figures(compiled))
+
+
+def _stationary_cubin(plan: Plan, fmt: str, x: str, k: int) -> Cubin:
+    compiled = compile_stationary(plan, fmt, x, k, "gelu", True)
+    figures = _ptx_figures(compiled)
+    # Conversions that the kernel asserts, when it is compiled, to rename registers only.
+    del figures["conversions_in_loop"]
+    return cubin(compiled, **figures)
 
 
 def _codec_cubin(kernel: Any, arch: int, types: Mapping[str, str], constants: Mapping[str, Any], warps: int) -> Cubin:
@@ -156,9 +213,33 @@ def gluon(plan: Plan, fmt: str, x: str, effort: Effort = "standard") -> Configur
         parameters={"fmt": fmt, "x": x, **_tile(plan)},
         compile=partial(_gluon_cubin, plan, fmt, x),
         instructions=("UTMALDG", "USETMAXREG"),
-        bounds={"loop.HGMMA": _AT_LEAST_ONE, "loop_spills": (0.0, 0.0), "conversions_in_loop": (0.0, 0.0)},
-        spill_bytes_allowed=EPILOGUE_SPILL_BYTES if plan.bn >= 256 else 0,
-        spill_reason=EPILOGUE_SPILL_REASON if plan.bn >= 256 else "",
+        bounds={
+            "loop.HGMMA": _AT_LEAST_ONE,
+            "loop_spill_share": (0.0, LOOP_SPILL_SHARE),
+            "conversions_in_loop": (0.0, 0.0),
+        },
+        spill_bytes_allowed=EPILOGUE_SPILL_BYTES,
+        spill_reason=GLUON_SPILL_REASON,
+        effort=effort,
+    )
+
+
+def stationary(plan: Plan, fmt: str, x: str, k: int, effort: Effort = "standard") -> Configuration:
+    """The stationary kernel: 16-byte loads straight into fragments."""
+    return Configuration(
+        op="fp4_linear",
+        kernel="stationary_kernel",
+        arch=90,
+        unit="hmma",
+        parameters={"fmt": fmt, "x": x, "k": k, **_tile(plan), "dependent": int(plan.dependent)},
+        compile=partial(_stationary_cubin, plan, fmt, x, k),
+        bounds={
+            "loop.HMMA": _AT_LEAST_ONE,
+            "loop.LDG.E.128": (4.0, math.inf),
+            "loop_spill_share": (0.0, LOOP_SPILL_SHARE),
+        },
+        spill_bytes_allowed=EPILOGUE_SPILL_BYTES,
+        spill_reason=GLUON_SPILL_REASON,
         effort=effort,
     )
 
@@ -176,9 +257,27 @@ def _linears() -> Iterator[Configuration]:
     for arch, (limit, plan), fmt in product((80, 90), linear.TABLE_FP32, linear.TABLES):
         quick = (arch, limit, fmt) == (90, linear.TABLE_FP32[-1][0], "absmax7_row")
         yield fused(plan, fmt, "fp32", arch, "quick" if quick else "standard")
-    for (bn, bm, stages, _, _), fmt, x in product(linear.GLUON_TILES, linear_gluon_host.FORMATS, ("bf16", "fp16")):
-        plan = Plan("gluon", bn, bm, linear_gluon_host.BKW, 12, stages)
-        yield gluon(plan, fmt, x, "quick" if (bn, bm, fmt, x) == (256, 128, "nvfp4", "bf16") else "standard")
+    for fmt, plan in hopper_plans():
+        quick = fmt == "nvfp4" and plan.split == 2 and plan.bm in (8, 64)
+        effort: Effort = "quick" if quick else "standard"
+        if plan.path == "stationary":
+            yield stationary(plan, fmt, "bf16", 4096, effort)
+        else:
+            yield gluon(plan, fmt, "bf16", effort)
+    for _, plan in linear.TABLE_WIDE:
+        for x in ("bf16", "fp16"):
+            yield fused(plan, "mxfp4", x, 90)
+
+
+def hopper_plans() -> list[tuple[str, Plan]]:
+    """Every Gluon plan that the tables take at the shapes of three layers and 1 to 4096 tokens, by format."""
+    found: dict[tuple[str, Plan], None] = {}
+    shapes = ((14336, 4096), (4096, 14336), (4096, 4096))
+    for fmt, (n, k), m in product(GROUPS, shapes, (1, 16, 32, 64, 256, 1024)):
+        plan = linear.choose_plan(m, n, k, fmt, "bf16", "gelu", "cuda", hopper=True)
+        # The code of every split count is alike, but for whether there is one.
+        found[fmt, replace(plan, split=min(plan.split, 2))] = None
+    return list(found)
 
 
 def _codec(
@@ -222,26 +321,30 @@ def _codecs() -> Iterator[Configuration]:
             constants = {"GROUP": group, "BLOCK_K": block, "ROWS": rows, "COUNT": codec.MAX_PARTIALS}
             kind = effort if group == -1 else "standard"
             yield _codec(quantize, codec.encode_int_kernel, arch, w | outputs, constants, 4, kind, True)
-        types = w | outputs | {"scale_ptr": "*u8"}
-        blocks = {"BLOCKS": 256, "COUNT": codec.MAX_PARTIALS}
-        spills = (NVFP4_SPILL_BYTES, NVFP4_SPILL_REASON) if (arch, dtype) == (80, "fp32") else (0, "")
-        yield _codec(quantize, codec.encode_nvfp4_kernel, arch, types, blocks, 4, effort, True, spills)
-        types = {"codes_ptr": "*u8", "global_ptr": "*fp32", "y_ptr": POINTERS[dtype]}
-        for one_scale, nvfp4, rows, pairs, warps in (
-            (True, False, 2, 512, 8),
-            (False, False, 2, 512, 8),
-            (False, False, 16, 64, 4),
-            (False, True, 128, 8, 4),
-        ):
+        for fmt in ("nvfp4", "mxfp4", "nf4"):
+            types = w | outputs | ({"scale_ptr": "*u8"} if fmt in BYTE_SCALES else {})
+            blocks: dict[str, int | str | bool] = {
+                "FORMAT": fmt,
+                "GROUP": GROUPS[fmt],
+                "ROUNDING": 0,
+                "BLOCKS": 4096 // GROUPS[fmt],
+                "COUNT": codec.MAX_PARTIALS,
+            }
+            spills = (NVFP4_SPILL_BYTES, NVFP4_SPILL_REASON) if (arch, dtype) == (80, "fp32") else (0, "")
+            kind = effort if fmt == "nvfp4" else "standard"
+            yield _codec(quantize, codec.encode_blocks_kernel, arch, types, blocks, 4, kind, True, spills)
+        types = {"codes_ptr": "*u8", "global_ptr": "*fp32", "table_ptr": "*fp32", "y_ptr": POINTERS[dtype]}
+        for fmt, group in GROUPS.items():
+            rows, pairs, warps = (2048 // group, group // 2, 4) if group > 0 else (2, 512, 8)
             decode: dict[str, int | str | bool] = {
-                "ONE_SCALE": one_scale,
-                "NVFP4": nvfp4,
+                "ONE_SCALE": group == 0,
+                "FORMAT": fmt,
                 "Y": dtype,
                 "INTERPRETED": False,
             }
-            scale = {"scale_ptr": "*u8" if nvfp4 else "*fp32"}
+            scale = {"scale_ptr": "*u8" if fmt in BYTE_SCALES else "*fp32"}
             decode |= {"ROWS": rows, "PAIRS": pairs}
-            kind = effort if nvfp4 else "standard"
+            kind = effort if fmt == "nvfp4" else "standard"
             yield _codec("fp4_dequantize", codec.decode_kernel, arch, types | scale, decode, warps, kind, False)
 
 

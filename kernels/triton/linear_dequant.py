@@ -3,10 +3,11 @@
 A chunk's scratch fits L2, is overwritten by the next chunk and so mostly never reaches device memory: the price of
 decoding is then the 4-bit read and a pass through L2, not a 16-bit write and read of the whole weight.
 
-What is exact and what is not: with nvfp4 the scratch holds E2M1 x E4M3 and with absmax7_tensor the integers, both exact
-in 16 bits, and the one remaining scale is the GEMM's float32 ``alpha``. Row and group scales have no place in the
-vendor's epilogue, so they are multiplied in before rounding to bfloat16: ``operand_roundings`` says so. float16 has not
-the range for that and is not taken here.
+What is exact and what is not: with nvfp4 the scratch holds E2M1 x E4M3, with mxfp4 E2M1 x E8M0 (scales that
+``packing.has_wide_scales`` finds are the caller's to keep away) and with absmax7_tensor the integers, all exact in 16
+bits, and the one remaining scale is the GEMM's float32 ``alpha``. Row and group scales and nf4's values have no place
+in the vendor's epilogue, so they are multiplied in before rounding to bfloat16: ``operand_roundings`` says so. float16
+has not the range for that and is not taken here.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ OPERAND_ROUNDINGS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("absmax7_tensor", "fp16"): (),
     ("absmax7_row", "bf16"): ("bf16",),
     ("absmax7_g128", "bf16"): ("bf16",),
+    ("mxfp4", "bf16"): (),
+    ("nf4", "bf16"): ("bf16",),
 }
 #: Activations that commute with the rounding of y, so that applying them after it changes nothing.
 ACTIVATIONS = ("none", "relu")

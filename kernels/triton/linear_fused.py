@@ -1,8 +1,12 @@
 """y = act(x W^T + bias) with W decoded in registers: one kernel for decode (few tokens) and tiled (many) regimes.
 
 The product is computed as W x^T: weights are the left operand, straight from registers after decoding, and tokens the
-right one, whose tile may be as narrow as 8. Row scales are applied to the float32 sum (lossless); a g128 group gets its
-own float32 sum; E2M1 x E4M3 is exact in bf16 and fp16, so it is formed before the product.
+right one, whose tile may be as narrow as 8. Row scales are applied to the float32 sum (lossless); groups with float32
+scales (g128, nf4, wide mxfp4) get their own float32 sums; E2M1 x E4M3 is exact in bf16 and fp16, and E2M1 x E8M0 in
+bf16 for the scales that ``packing.E8M0_NARROW_MAX`` admits, so those are formed before the product.
+
+Order of the sum, which every kernel for up to ``linear.SPLIT_MAX_M`` tokens keeps: inside a K block in the order of K,
+group after group; blocks front to back; parts of K front to back.
 
 Split-K: programs of one output tile write float32 partial sums to a workspace; whichever finishes last (an integer
 ticket) adds them in split order. No floating-point atomics, so results do not depend on timing.
@@ -13,7 +17,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vbench.kernels.triton._fp4 import E2M1_DEFERRED, activate, e2m1_operands, e2m1_scales, int4_operands, to_output
+from vbench.kernels.triton._fp4 import (
+    E2M1_DEFERRED,
+    activate,
+    e2m1_operands,
+    e2m1_scales,
+    e2m1_unscaled,
+    int4_operands,
+    nf4_operands,
+    to_output,
+)
 
 
 @triton.jit
@@ -29,13 +42,20 @@ def _x_tile(x_ptr, rows_m, row_ok, column, K, stride_xm, EVEN_K: tl.constexpr, U
     return tile
 
 
+@triton.jit
+def _group_scale(group_at, column, K, GROUP: tl.constexpr):
+    """float32 scales of a tile's rows for the group that ``column`` is in; the last one's beyond K."""
+    return tl.load(group_at + min(column, K - 1) // GROUP * 64)
+
+
 # Sizes whose divisibility no address depends on: one compilation serves them all.
 @triton.jit(do_not_specialize=["M", "k_blocks", "blocks_per_split"])
 def fused_linear_kernel(
     x_ptr,  # [M, K], last stride 1
     codes_ptr,  # int16 [n_tiles, k_blocks, 64, BKW]
-    scale_ptr,  # see packing; nvfp4: int32 words
+    scale_ptr,  # see packing; bytes as int32 words
     global_ptr,  # float32 [1]
+    table_ptr,  # float32 [16], nf4 only
     bias_ptr,  # [N] in x's dtype, or unused
     y_ptr,  # [M, N]; int16 view when results are rounded by bits
     partial_ptr,  # float32 [m_tiles, n_tiles, SPLIT, BN, BM]
@@ -48,6 +68,7 @@ def fused_linear_kernel(
     k_blocks,
     blocks_per_split,
     FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,  # columns that share a float32 scale, or 0
     X: tl.constexpr,
     ACT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -87,15 +108,21 @@ def fused_linear_kernel(
 
     codes_row = (rows // TILE) * (k_blocks * TILE * BKW) + (rows % TILE) * BKW
     codes_at = codes_ptr + codes_row[:, None] + columns[None, :]
-    if FORMAT == "nvfp4":
-        SCALES: tl.constexpr = BKW // 16
+    E2M1: tl.constexpr = FORMAT == "nvfp4" or FORMAT == "mxfp4"
+    # Columns of a word of scale bytes.
+    SPAN: tl.constexpr = 16 if FORMAT == "nvfp4" or BKW < 32 else 32
+    if E2M1 and GROUP == 0:
+        SCALES: tl.constexpr = BKW // SPAN
         scale_row = (rows // TILE) * (k_blocks * TILE * SCALES) + (rows % TILE) * SCALES
         scale_at = scale_ptr + scale_row[:, None] + tl.arange(0, SCALES)[None, :]
-    if FORMAT == "absmax7_g128":
-        groups = tl.cdiv(k_blocks * BK, 128)
-        group_at = scale_ptr + (rows // TILE) * (groups * TILE) + rows % TILE
-        g0 = tl.load(group_at + (first * BK // 128) * TILE)
-        g1 = tl.load(group_at + min(first * BK // 128 + 1, groups - 1) * TILE)
+    tl.static_assert(GROUP == 0 or GROUP >= BKW)
+    if GROUP > 0:
+        k_pad = k_blocks * BK
+        group_at = scale_ptr + (rows // TILE) * (tl.cdiv(k_pad, GROUP) * TILE) + rows % TILE
+        g0 = _group_scale(group_at, first * BK, k_pad, GROUP)
+        g1 = _group_scale(group_at, first * BK + BKW, k_pad, GROUP)
+        g2 = _group_scale(group_at, first * BK + 2 * BKW, k_pad, GROUP)
+        g3 = _group_scale(group_at, first * BK + 3 * BKW, k_pad, GROUP)
 
     # BLOCK_SUMS: one sum a K block, added in float32, as a g128 scale needs anyway. It keeps the accumulator of the
     # wgmma out of the loop's carried registers: on sm_90 ptxas otherwise makes each product wait for the one before
@@ -108,29 +135,42 @@ def fused_linear_kernel(
         x1 = _x_tile(x_ptr, rows_m64, row_ok, k0 + BKW, K, stride_xm, EVEN_K, UPCAST)
         x2 = _x_tile(x_ptr, rows_m64, row_ok, k0 + 2 * BKW, K, stride_xm, EVEN_K, UPCAST)
         x3 = _x_tile(x_ptr, rows_m64, row_ok, k0 + 3 * BKW, K, stride_xm, EVEN_K, UPCAST)
-        if FORMAT == "nvfp4":
-            scales = tl.load(scale_at + block * (TILE * SCALES))
-            f0, f1, f2, f3 = e2m1_scales(scales, BN, BKW, X, NATIVE, SMALL_SCALES)
-            w0, w1, w2, w3 = e2m1_operands(packed, f0, f1, f2, f3, X, NATIVE, TWIDDLED)
+        if E2M1:
+            if GROUP == 0:
+                scales = tl.load(scale_at + block * (TILE * SCALES))
+                f0, f1, f2, f3 = e2m1_scales(scales, BN, BKW, SPAN, FORMAT, X, NATIVE, SMALL_SCALES)
+                w0, w1, w2, w3 = e2m1_operands(packed, f0, f1, f2, f3, X, NATIVE, TWIDDLED)
+            else:
+                w0, w1, w2, w3 = e2m1_unscaled(packed, X, NATIVE, TWIDDLED)
+        elif FORMAT == "nf4":
+            w0, w1, w2, w3 = nf4_operands(packed, table_ptr, X, NATIVE)
         else:
             w0, w1, w2, w3 = int4_operands(packed, X, NATIVE)
-        if FORMAT == "absmax7_g128":
+        if GROUP > 0:
             # Group scales are loaded a block ahead, so that their latency does not stand in the loop.
-            ahead = min(block + 1, last - 1)
-            now0, now1 = g0, g1
-            g0 = tl.load(group_at + (ahead * BK // 128) * TILE)
-            g1 = tl.load(group_at + min(ahead * BK // 128 + 1, groups - 1) * TILE)
+            ahead = min(block + 1, last - 1) * BK
+            now0, now1, now2, now3 = g0, g1, g2, g3
+            g0 = _group_scale(group_at, ahead, k_pad, GROUP)
+            g1 = _group_scale(group_at, ahead + BKW, k_pad, GROUP)
+            g2 = _group_scale(group_at, ahead + 2 * BKW, k_pad, GROUP)
+            g3 = _group_scale(group_at, ahead + 3 * BKW, k_pad, GROUP)
             part = tl.dot(w0, x0, input_precision="ieee")
-            part = tl.dot(w1, x1, part, input_precision="ieee")
-            if BK > 128:
-                acc += part * now0[:, None]
-                part = tl.dot(w2, x2, input_precision="ieee")
-                part = tl.dot(w3, x3, part, input_precision="ieee")
-                acc += part * now1[:, None]
+            if GROUP > BKW:
+                part = tl.dot(w1, x1, part, input_precision="ieee")
             else:
+                total = part * now0[:, None]
+                part = tl.dot(w1, x1, input_precision="ieee")
+            if GROUP > 2 * BKW:
                 part = tl.dot(w2, x2, part, input_precision="ieee")
+            else:
+                total = total + part * now1[:, None] if GROUP <= BKW else part * now1[:, None]
+                part = tl.dot(w2, x2, input_precision="ieee")
+            if GROUP > BKW:
                 part = tl.dot(w3, x3, part, input_precision="ieee")
-                acc += part * now0[:, None]
+            else:
+                total += part * now2[:, None]
+                part = tl.dot(w3, x3, input_precision="ieee")
+            acc += part * now3[:, None] if GROUP > 2 * BKW else total + part * now3[:, None]
         elif BLOCK_SUMS:
             part = tl.dot(w0, x0, input_precision="ieee")
             part = tl.dot(w1, x1, part, input_precision="ieee")

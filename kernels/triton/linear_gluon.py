@@ -21,8 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language import debug_barrier
 
-from vbench.kernels.triton._fp4 import _SCALES_BF16, _SCALES_FP16, E2M1_DEFERRED
+from vbench.kernels.triton._fp4 import _E8M0_BF16, _NF4_BF16, _SCALES_BF16, _SCALES_FP16, E2M1_DEFERRED
 
 #: The packed layout this kernel reads: tiles of 64 rows x 32 columns, K blocks of 128.
 BKW = gl.constexpr(32)
@@ -46,24 +47,22 @@ _INT4_BF16_LOW = gl.constexpr(_INT4.format(first=0, second=4, **_BF16))
 _INT4_BF16_HIGH = gl.constexpr(_INT4.format(first=8, second=12, **_BF16))
 _INT4_FP16_LOW = gl.constexpr(_INT4.format(first=0, second=4, **_FP16))
 _INT4_FP16_HIGH = gl.constexpr(_INT4.format(first=8, second=12, **_FP16))
+#: $3 and $5 are the scales of the two code positions, each in both halves; $4 and $6 repeat them for the second element
+#: of a pair, which always shares its scale.
 _E2M1_BF16_LOW = gl.constexpr(
     """{
-    .reg .b32 t, u, f, g, z;
-    prmt.b32 f, $3, $4, 0x7610;
-    prmt.b32 g, $5, $6, 0x7610;
+    .reg .b32 t, u, z;
     mov.b32 z, 0x80008000;
     shl.b32 u, $2, 3;
     and.b32 t, $2, 0x81C081C0;
     and.b32 u, u, 0x81C081C0;
-    fma.rn.bf16x2 $0, t, f, z;
-    fma.rn.bf16x2 $1, u, g, z;
+    fma.rn.bf16x2 $0, t, $3, z;
+    fma.rn.bf16x2 $1, u, $5, z;
     }"""
 )
 _E2M1_BF16_HIGH = gl.constexpr(
     """{
-    .reg .b32 t, u, v, w, f, g, z;
-    prmt.b32 f, $3, $4, 0x7610;
-    prmt.b32 g, $5, $6, 0x7610;
+    .reg .b32 t, u, v, w, z;
     mov.b32 z, 0x80008000;
     shl.b32 t, $2, 6;
     shr.u32 u, $2, 4;
@@ -73,14 +72,12 @@ _E2M1_BF16_HIGH = gl.constexpr(
     and.b32 u, u, 0x00C000C0;
     lop3.b32 u, v, 0x01000100, u, 0xEA;
     lop3.b32 u, w, 0x80008000, u, 0xEA;
-    fma.rn.bf16x2 $0, t, f, z;
-    fma.rn.bf16x2 $1, u, g, z;
+    fma.rn.bf16x2 $0, t, $3, z;
+    fma.rn.bf16x2 $1, u, $5, z;
     }"""
 )
 _E2M1_FP16 = """{{
-    .reg .b32 t, u, s, v, f, g, z;
-    prmt.b32 f, $3, $4, 0x7610;
-    prmt.b32 g, $5, $6, 0x7610;
+    .reg .b32 t, u, s, v, z;
     mov.b32 z, 0x80008000;
     {magnitude_a}
     {magnitude_b}
@@ -90,8 +87,8 @@ _E2M1_FP16 = """{{
     and.b32 u, u, 0x0E000E00;
     lop3.b32 t, s, 0x80008000, t, 0xEA;
     lop3.b32 u, v, 0x80008000, u, 0xEA;
-    fma.rn.f16x2 $0, t, f, z;
-    fma.rn.f16x2 $1, u, g, z;
+    fma.rn.f16x2 $0, t, $3, z;
+    fma.rn.f16x2 $1, u, $5, z;
 }}"""
 _E2M1_FP16_LOW = gl.constexpr(
     _E2M1_FP16.format(magnitude_a="shl.b32 t, $2, 9;", magnitude_b="shl.b32 u, $2, 5;", sign_a=12, sign_b=8)
@@ -99,28 +96,30 @@ _E2M1_FP16_LOW = gl.constexpr(
 _E2M1_FP16_HIGH = gl.constexpr(
     _E2M1_FP16.format(magnitude_a="shl.b32 t, $2, 1;", magnitude_b="shr.u32 u, $2, 3;", sign_a=4, sign_b=0)
 )
-COUNTS = ["M", "k_blocks", "m_tiles", "n_tiles"]
+COUNTS = ["M", "k_blocks", "part_blocks", "parts", "m_tiles", "n_tiles"]
 
 
 @gluon.jit
-def _tile(index, m_tiles, n_tiles, GROUP_M: gl.constexpr):
-    """Tile number -> (token tile, feature tile): GROUP_M token tiles share the weights that they meet in L2."""
-    group = index // (GROUP_M * n_tiles)
+def _work(index, parts, m_tiles, n_tiles, GROUP_M: gl.constexpr):
+    """Work number -> (part of K, token tile, feature tile): GROUP_M token tiles share weights that they meet in L2."""
+    tile = index // parts
+    group = tile // (GROUP_M * n_tiles)
     group_rows = gl.minimum(m_tiles - group * GROUP_M, GROUP_M)
-    inner = index - group * GROUP_M * n_tiles
-    return group * GROUP_M + inner % group_rows, inner // group_rows
+    inner = tile - group * GROUP_M * n_tiles
+    return index - tile * parts, group * GROUP_M + inner % group_rows, inner // group_rows
 
 
 @gluon.jit
 def _produce(
-    x_desc, codes_desc, x_smem, w_smem, full, empty, k_blocks, m_tiles, n_tiles,
+    x_desc, codes_desc, x_smem, w_smem, full, empty, k_blocks, part_blocks, parts, m_tiles, n_tiles,
     ROWS: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     TILES: gl.constexpr = 2 * ROWS // 64
     count = 0
-    for index in range(gl.program_id(0), m_tiles * n_tiles, gl.num_programs(0)):
-        tile_m, tile_n = _tile(index, m_tiles, n_tiles, GROUP_M)
-        for block in range(k_blocks):
+    for index in range(gl.program_id(0), parts * m_tiles * n_tiles, gl.num_programs(0)):
+        part, tile_m, tile_n = _work(index, parts, m_tiles, n_tiles, GROUP_M)
+        first = part * part_blocks
+        for block in range(first, gl.minimum(first + part_blocks, k_blocks)):
             stage = count % STAGES
             mbarrier.wait(empty.index(stage), ((count // STAGES) & 1) ^ 1)
             bar = full.index(stage)
@@ -135,15 +134,13 @@ def _produce(
 
 
 @gluon.jit
-def _int4_half(packed, HALF: gl.constexpr, X: gl.constexpr):
-    """Code positions 2 HALF and 2 HALF + 1 as integers in x's dtype. Halves, so that fewer registers are live."""
+def _asm2(asm: gl.constexpr, packed, X: gl.constexpr):
+    """Two code positions from an asm of one packed input."""
     if X == "bf16":
-        asm: gl.constexpr = _INT4_BF16_LOW if HALF == 0 else _INT4_BF16_HIGH
         a, b = gl.inline_asm_elementwise(
             asm, "=&r,=&r,r", [packed], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=2
         )
     else:
-        asm: gl.constexpr = _INT4_FP16_LOW if HALF == 0 else _INT4_FP16_HIGH  # type: ignore[no-redef]
         a, b = gl.inline_asm_elementwise(
             asm, "=&r,=&r,r", [packed], dtype=(gl.float16, gl.float16), is_pure=True, pack=2
         )
@@ -151,17 +148,17 @@ def _int4_half(packed, HALF: gl.constexpr, X: gl.constexpr):
 
 
 @gluon.jit
-def _scales(word, X: gl.constexpr):
-    if X == "bf16":
-        a, b, c, d = gl.inline_asm_elementwise(
-            _SCALES_BF16, "=&r,=&r,=&r,=&r,r", [word],
-            dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
+def _scales(word, FORMAT: gl.constexpr, X: gl.constexpr):
+    """Scale words -> for each code position the scale in both halves of an int32."""
+    if FORMAT == "mxfp4":
+        asm: gl.constexpr = _E8M0_BF16
+    elif X == "bf16":
+        asm: gl.constexpr = _SCALES_BF16  # type: ignore[no-redef]
     else:
-        a, b, c, d = gl.inline_asm_elementwise(
-            _SCALES_FP16, "=&r,=&r,=&r,=&r,r", [word],
-            dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
+        asm: gl.constexpr = _SCALES_FP16  # type: ignore[no-redef]
+    a, b, c, d = gl.inline_asm_elementwise(
+        asm, "=&r,=&r,=&r,=&r,r", [word], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
+    )
     return a, b, c, d
 
 
@@ -172,20 +169,35 @@ def _pick(first, second, low_half):
 
 
 @gluon.jit
-def _e2m1_half(packed, f0, f1, low_half, HALF: gl.constexpr, X: gl.constexpr):
-    """Code positions 2 HALF and 2 HALF + 1; f0, f1: their scales of the first and the last 16 columns, as pairs."""
-    s0 = _pick(f0[0], f0[1], low_half)
-    s1 = _pick(f1[0], f1[1], low_half)
-    if X == "bf16":
-        asm: gl.constexpr = _E2M1_BF16_LOW if HALF == 0 else _E2M1_BF16_HIGH
-        a, b = gl.inline_asm_elementwise(
-            asm, "=&r,=&r,r,r,r,r,r", [packed, s0, s1], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=2
-        )
+def _half(packed, f0, f1, low_half, FORMAT: gl.constexpr, HALF: gl.constexpr, X: gl.constexpr):
+    """Code positions 2 HALF and 2 HALF + 1, exact in x's dtype (nf4: rounded). Halves keep fewer registers alive.
+
+    Args:
+        f0, f1: E2M1: scales of the first and the last 16 columns, as pairs.
+    """
+    if FORMAT == "nvfp4" or FORMAT == "mxfp4":
+        s0 = _pick(f0[0], f0[1], low_half)
+        s1 = _pick(f1[0], f1[1], low_half)
+        if X == "bf16":
+            asm: gl.constexpr = _E2M1_BF16_LOW if HALF == 0 else _E2M1_BF16_HIGH
+            a, b = gl.inline_asm_elementwise(
+                asm, "=&r,=&r,r,r,r,r,r", [packed, s0, s1], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=2
+            )
+        else:
+            asm: gl.constexpr = _E2M1_FP16_LOW if HALF == 0 else _E2M1_FP16_HIGH  # type: ignore[no-redef]
+            a, b = gl.inline_asm_elementwise(
+                asm, "=&r,=&r,r,r,r,r,r", [packed, s0, s1], dtype=(gl.float16, gl.float16), is_pure=True, pack=2
+            )
+    elif FORMAT == "nf4":
+        p, q, r, t = gl.inline_asm_elementwise(
+            _NF4_BF16, "=&r,=&r,=&r,=&r,r", [packed],
+            dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
+        a, b = (p, q) if HALF == 0 else (r, t)
+    elif X == "bf16":
+        a, b = _asm2(_INT4_BF16_LOW if HALF == 0 else _INT4_BF16_HIGH, packed, X)
     else:
-        asm: gl.constexpr = _E2M1_FP16_LOW if HALF == 0 else _E2M1_FP16_HIGH  # type: ignore[no-redef]
-        a, b = gl.inline_asm_elementwise(
-            asm, "=&r,=&r,r,r,r,r,r", [packed, s0, s1], dtype=(gl.float16, gl.float16), is_pure=True, pack=2
-        )
+        a, b = _asm2(_INT4_FP16_LOW if HALF == 0 else _INT4_FP16_HIGH, packed, X)
     return a, b
 
 
@@ -204,86 +216,174 @@ def _activate(value, ACT: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    y_desc, scale_ptr, global_ptr, bias_ptr, x_smem, w_smem, y_smem, full, empty, N, k_blocks, m_tiles, n_tiles,
-    FORMAT: gl.constexpr, X: gl.constexpr, ACT: gl.constexpr, HAS_BIAS: gl.constexpr,
-    ROWS: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, WORKER: gl.constexpr,
+    y_desc, scale_ptr, global_ptr, bias_ptr, partial_ptr, ticket_ptr, x_smem, w_smem, y_smem, full, empty, N, k_blocks,
+    part_blocks, parts, m_tiles, n_tiles,
+    FORMAT: gl.constexpr, GROUP: gl.constexpr, X: gl.constexpr, ACT: gl.constexpr, HAS_BIAS: gl.constexpr,
+    ROWS: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, BLOCK_SUMS: gl.constexpr,
+    SPLIT: gl.constexpr, WORKER: gl.constexpr,
 ):  # fmt: skip
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=2)
     PER_WORKER: gl.constexpr = ROWS // 64
     TILES: gl.constexpr = 2 * PER_WORKER
+    #: 32-bit words of scale bytes that a row of a block has.
+    WORDS: gl.constexpr = 2 if FORMAT == "nvfp4" else 1
+    BYTES: gl.constexpr = FORMAT == "nvfp4" or FORMAT == "mxfp4"
+    #: Sums of their own in a block: one for each group with a float32 scale.
+    GROUPS: gl.constexpr = 128 // GROUP if GROUP > 0 else 0
+    PARTIAL: gl.constexpr = BLOCK_SUMS or GROUP > 0
     left_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LEFT))
     left_columns = gl.arange(0, BKW, layout=gl.SliceLayout(0, LEFT))
+    acc_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, ACC))
+    tokens = gl.arange(0, BM, layout=gl.SliceLayout(0, ACC))
     low_half = ((left_columns & 16) == 0)[None, :]
     y_tile = y_smem.index(WORKER)
+    zero = gl.zeros([ROWS, BM], gl.float32, ACC)
     count = 0
-    for index in range(gl.program_id(0), m_tiles * n_tiles, gl.num_programs(0)):
-        tile_m, tile_n = _tile(index, m_tiles, n_tiles, GROUP_M)
+    for index in range(gl.program_id(0), parts * m_tiles * n_tiles, gl.num_programs(0)):
+        part_k, tile_m, tile_n = _work(index, parts, m_tiles, n_tiles, GROUP_M)
+        first = part_k * part_blocks
+        last = gl.minimum(first + part_blocks, k_blocks)
+        start = gl.minimum(first, k_blocks - 1)
         # Rows beyond N decode to rubbish that the copy engine clips; their scales are not read.
         first_row = (tile_n * 2 + WORKER) * ROWS
-        if FORMAT == "nvfp4":
-            in_tile = (first_row + left_rows) // 64 * (k_blocks * 128) + (left_rows % 64) * 2
+        rows = first_row + acc_rows
+        if BYTES:
+            in_tile = (first_row + left_rows) // 64 * (k_blocks * (64 * WORDS)) + (left_rows % 64) * WORDS
             inside = first_row + left_rows < N
-            first_word = gl.load(scale_ptr + in_tile, mask=inside, other=0)
-            second_word = gl.load(scale_ptr + in_tile + 1, mask=inside, other=0)
-        acc = gl.zeros([ROWS, BM], gl.float32, ACC)
-        for block in range(k_blocks):
-            stage = count % STAGES
-            mbarrier.wait(full.index(stage), (count // STAGES) & 1)
-            packed = w_smem.index(stage * TILES + WORKER * PER_WORKER)._reinterpret(gl.int16, [ROWS, BKW], TILE_LAYOUT)
-            words = packed.load(LEFT)
-            if FORMAT == "nvfp4":
-                p0, p1, p2, p3 = _scales(first_word, X)
-                q0, q1, q2, q3 = _scales(second_word, X)
-                ahead = in_tile + gl.minimum(block + 1, k_blocks - 1) * 128
-                first_word = gl.load(scale_ptr + ahead, mask=inside, other=0)
-                second_word = gl.load(scale_ptr + ahead + 1, mask=inside, other=0)
-                w0, w1 = _e2m1_half(words, (p0, q0), (p1, q1), low_half, 0, X)
-            else:
-                w0, w1 = _int4_half(words, 0, X)
-            acc = warpgroup_mma(w0, x_smem.index(stage * 4).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma(w1, x_smem.index(stage * 4 + 1).permute((1, 0)), acc, is_async=True)
-            if FORMAT == "nvfp4":
-                w2, w3 = _e2m1_half(words, (p2, q2), (p3, q3), low_half, 1, X)
-            else:
-                w2, w3 = _int4_half(words, 1, X)
-            acc = warpgroup_mma(w2, x_smem.index(stage * 4 + 2).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma(w3, x_smem.index(stage * 4 + 3).permute((1, 0)), acc, is_async=True)
-            # Products in flight over the loop's edge would make ptxas wait for each one (its note C7512).
-            acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
-            mbarrier.arrive(empty.index(stage), count=1)
-            count += 1
+            first_word = gl.load(scale_ptr + in_tile + start * (64 * WORDS), mask=inside, other=0)
+            second_word = first_word
+            if WORDS == 2:
+                second_word = gl.load(scale_ptr + in_tile + start * (64 * WORDS) + 1, mask=inside, other=0)
+        if GROUPS > 0:
+            group_at = rows // 64 * (k_blocks * (64 * GROUPS)) + rows % 64
+            g0 = gl.load(scale_ptr + group_at + start * (64 * GROUPS), mask=rows < N, other=0.0)
+            g1 = g0
+            if GROUPS == 2:
+                g1 = gl.load(scale_ptr + group_at + start * (64 * GROUPS) + 64, mask=rows < N, other=0.0)
+        acc = zero
+        for pair in range(first, last, 2):
+            total = zero
+            part = zero
+            for h in gl.static_range(2):
+                stage = count % STAGES
+                mbarrier.wait(full.index(stage), (count // STAGES) & 1)
+                packed = w_smem.index(stage * TILES + WORKER * PER_WORKER)._reinterpret(
+                    gl.int16, [ROWS, BKW], TILE_LAYOUT
+                )
+                words = packed.load(LEFT)
+                ahead = gl.minimum(pair + h + 1, last - 1)
+                f0, f1, f2, f3 = 0, 0, 0, 0
+                if BYTES:
+                    p0, p1, p2, p3 = _scales(first_word, FORMAT, X)
+                    q0, q1, q2, q3 = p0, p1, p2, p3
+                    first_word = gl.load(scale_ptr + in_tile + ahead * (64 * WORDS), mask=inside, other=0)
+                    if WORDS == 2:
+                        q0, q1, q2, q3 = _scales(second_word, FORMAT, X)
+                        second_word = gl.load(scale_ptr + in_tile + ahead * (64 * WORDS) + 1, mask=inside, other=0)
+                    f0, f1, f2, f3 = (p0, q0), (p1, q1), (p2, q2), (p3, q3)  # type: ignore[assignment]
+                if GROUPS > 0:
+                    now0, now1 = g0, g1
+                    g0 = gl.load(scale_ptr + group_at + ahead * (64 * GROUPS), mask=rows < N, other=0.0)
+                    if GROUPS == 2:
+                        g1 = gl.load(scale_ptr + group_at + ahead * (64 * GROUPS) + 64, mask=rows < N, other=0.0)
+                x0 = x_smem.index(stage * 4).permute((1, 0))
+                x1 = x_smem.index(stage * 4 + 1).permute((1, 0))
+                x2 = x_smem.index(stage * 4 + 2).permute((1, 0))
+                x3 = x_smem.index(stage * 4 + 3).permute((1, 0))
+                w0, w1 = _half(words, f0, f1, low_half, FORMAT, 0, X)
+                if GROUPS == 2:
+                    one = warpgroup_mma(w0, x0, zero, use_acc=False, is_async=True)
+                    one = warpgroup_mma(w1, x1, one, is_async=True)
+                    w2, w3 = _half(words, f2, f3, low_half, FORMAT, 1, X)
+                    two = warpgroup_mma(w2, x2, zero, use_acc=False, is_async=True)
+                    two = warpgroup_mma(w3, x3, two, is_async=True)
+                    one, two = warpgroup_mma_wait(num_outstanding=0, deps=[one, two])
+                    mbarrier.arrive(empty.index(stage), count=1)
+                    if BLOCK_SUMS:
+                        total = one * now0[:, None] if h == 0 else total + one * now0[:, None]
+                        total += two * now1[:, None]
+                    else:
+                        acc += one * now0[:, None]
+                        acc += two * now1[:, None]
+                else:
+                    if GROUPS == 1:
+                        part = warpgroup_mma(w0, x0, zero, use_acc=False, is_async=True)
+                    elif PARTIAL:
+                        part = warpgroup_mma(w0, x0, part, use_acc=h > 0, is_async=True)
+                    else:
+                        part = warpgroup_mma(w0, x0, acc, is_async=True)
+                    part = warpgroup_mma(w1, x1, part, is_async=True)
+                    w2, w3 = _half(words, f2, f3, low_half, FORMAT, 1, X)
+                    part = warpgroup_mma(w2, x2, part, is_async=True)
+                    part = warpgroup_mma(w3, x3, part, is_async=True)
+                    # Products in flight over the loop's edge would make ptxas wait for each one (its note C7512).
+                    part = warpgroup_mma_wait(num_outstanding=0, deps=[part])
+                    mbarrier.arrive(empty.index(stage), count=1)
+                    if GROUPS == 1:
+                        if BLOCK_SUMS:
+                            total = part * now0[:, None] if h == 0 else total + part * now0[:, None]
+                        else:
+                            acc += part * now0[:, None]
+                    elif not PARTIAL:
+                        acc = part
+                count += 1
+            if BLOCK_SUMS:
+                acc += total if GROUPS > 0 else part
 
-        rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, ACC))
-        if FORMAT == "absmax7_row":
-            acc = acc * gl.load(scale_ptr + rows, mask=rows < N, other=0.0)[:, None]
-        elif FORMAT == "absmax7_tensor":
-            acc = acc * gl.load(scale_ptr)
-        elif FORMAT == "nvfp4":
-            acc = acc * E2M1_DEFERRED
-            acc = acc * gl.load(global_ptr)
-        if HAS_BIAS:
-            acc = acc + gl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(gl.float32)[:, None]
-        acc = _activate(acc, ACT)
-        tma.store_wait(pendings=0)
-        y_tile.permute((1, 0)).store(acc.to(y_desc.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(y_desc, [tile_m * BM, first_row], y_tile)
+        finish = True
+        if SPLIT:
+            tile = tile_n * m_tiles + tile_m
+            element = acc_rows[:, None] * BM + tokens[None, :]
+            workspace = partial_ptr + (tile * parts * 2 + WORKER).to(gl.int64) * (ROWS * BM) + element
+            gl.store(workspace + part_k * (2 * ROWS * BM), acc, cache_modifier=".cg")
+            # All threads' stores must be issued before one thread publishes them with the ticket.
+            debug_barrier()
+            ticket = ticket_ptr + tile * 2 + WORKER
+            finish = gl.atomic_add(ticket, 1, sem="acq_rel") == parts - 1
+            if finish:
+                gl.store(ticket, 0)
+                acc = zero
+                for p in range(parts):
+                    acc += gl.load(workspace + p * (2 * ROWS * BM), cache_modifier=".cg")
+        if finish:
+            if FORMAT == "absmax7_row":
+                acc = acc * gl.load(scale_ptr + rows, mask=rows < N, other=0.0)[:, None]
+            elif FORMAT == "absmax7_tensor":
+                acc = acc * gl.load(scale_ptr)
+            elif FORMAT == "nvfp4":
+                acc = acc * E2M1_DEFERRED
+                acc = acc * gl.load(global_ptr)
+            if HAS_BIAS:
+                acc = acc + gl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(gl.float32)[:, None]
+            acc = _activate(acc, ACT)
+            tma.store_wait(pendings=0)
+            y_tile.permute((1, 0)).store(acc.to(y_desc.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(y_desc, [tile_m * BM, first_row], y_tile)
     tma.store_wait(pendings=0)
 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def gluon_linear_kernel(
-    x_desc, codes_desc, y_desc, scale_ptr, global_ptr, bias_ptr, M, N, k_blocks, m_tiles, n_tiles,
-    FORMAT: gl.constexpr, X: gl.constexpr, ACT: gl.constexpr, HAS_BIAS: gl.constexpr,
-    ROWS: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, REGISTERS: gl.constexpr,
+    x_desc, codes_desc, y_desc, scale_ptr, global_ptr, bias_ptr, partial_ptr, ticket_ptr,
+    M, N, k_blocks, part_blocks, parts, m_tiles, n_tiles,
+    FORMAT: gl.constexpr, GROUP: gl.constexpr, X: gl.constexpr, ACT: gl.constexpr, HAS_BIAS: gl.constexpr,
+    ROWS: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, BLOCK_SUMS: gl.constexpr,
+    SPLIT: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """y = act(x W^T + bias) for absmax7_tensor, absmax7_row and nvfp4 (normal E4M3 scales).
+    """y = act(x W^T + bias); nvfp4 with normal E4M3 scales, mxfp4 with scales that fit an operand.
 
     Args:
         x_desc: x [M, K], block [BM, 32]; codes_desc: int16 [tiles x blocks x 64, 32], block [64, 32]; both with the
             64-byte swizzle. y_desc: y [M, N], block [BM, ROWS].
+        partial_ptr: float32 [m_tiles x n_tiles, parts, 2, ROWS, BM]; ticket_ptr: int32 [m_tiles x n_tiles, 2], zero
+            before and after.
+        k_blocks: K blocks of 128, an even number; part_blocks: of them in each of ``parts`` parts, even too.
+        GROUP: columns that share a float32 scale (128 or 64), or 0.
         ROWS: features of one of the two consumers, a multiple of 64.
+        BLOCK_SUMS: the order of sums that ``linear`` promises up to SPLIT_MAX_M tokens: 256 columns, then the next.
+        SPLIT: parts meet in ``partial_ptr``; else ``parts`` is 1.
     """
     TILES: gl.constexpr = 2 * ROWS // 64
     x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES * 4, BM, BKW], x_desc.layout)
@@ -297,14 +397,17 @@ def gluon_linear_kernel(
     fence_async_shared()
     gl.warp_specialize([
         (_produce, (
-            x_desc, codes_desc, x_smem, w_smem, full, empty, k_blocks, m_tiles, n_tiles, ROWS, BM, STAGES, GROUP_M,
+            x_desc, codes_desc, x_smem, w_smem, full, empty, k_blocks, part_blocks, parts, m_tiles, n_tiles,
+            ROWS, BM, STAGES, GROUP_M,
         )),
         (_consume, (
-            y_desc, scale_ptr, global_ptr, bias_ptr, x_smem, w_smem, y_smem, full, empty, N, k_blocks, m_tiles, n_tiles,
-            FORMAT, X, ACT, HAS_BIAS, ROWS, BM, STAGES, GROUP_M, 0,
+            y_desc, scale_ptr, global_ptr, bias_ptr, partial_ptr, ticket_ptr, x_smem, w_smem, y_smem, full, empty, N,
+            k_blocks, part_blocks, parts, m_tiles, n_tiles,
+            FORMAT, GROUP, X, ACT, HAS_BIAS, ROWS, BM, STAGES, GROUP_M, BLOCK_SUMS, SPLIT, 0,
         )),
         (_consume, (
-            y_desc, scale_ptr, global_ptr, bias_ptr, x_smem, w_smem, y_smem, full, empty, N, k_blocks, m_tiles, n_tiles,
-            FORMAT, X, ACT, HAS_BIAS, ROWS, BM, STAGES, GROUP_M, 1,
+            y_desc, scale_ptr, global_ptr, bias_ptr, partial_ptr, ticket_ptr, x_smem, w_smem, y_smem, full, empty, N,
+            k_blocks, part_blocks, parts, m_tiles, n_tiles,
+            FORMAT, GROUP, X, ACT, HAS_BIAS, ROWS, BM, STAGES, GROUP_M, BLOCK_SUMS, SPLIT, 1,
         )),
     ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip

@@ -1,22 +1,28 @@
-"""The kernels' weight layout: an exact bijection with the canonical one, made once when a weight is bound.
+"""The kernels' weight layouts: exact bijections with the canonical one, made once when a weight is bound.
 
-Canonical: codes u8 [n, k/2] (low nibble first), scales as the format says. Packed, for a K block of ``4 * bkw``:
+Canonical: codes u8 [n, k/2] (low nibble first), scales as the format says. Both layouts gather four codes in an int16
+element; code j of the element in column c of a K block stands ``j * bkw + c`` columns into it. Every code position of a
+tile is then a K-contiguous matrix operand, so x needs no permutation. Code j is nibble j of the element or, twiddled,
+at the bits of ``TWIDDLE[j]``.
 
-codes int16 [n_tiles, k_blocks, TILE_ROWS, bkw]
-    Element (t, b, r, c) holds the four codes of row ``t * TILE_ROWS + r`` at columns ``b * 4 * bkw + j * bkw + c`` for
-    j = 0..3. A tile is contiguous in memory, and every code position j of a tile is a K-contiguous matrix operand, so
-    x needs no permutation. Within the element, code j is nibble j, or, twiddled, at the bits of ``TWIDDLE[j]``.
-scales
-    absmax7_tensor float32 [1]; absmax7_row float32 [n_pad]; absmax7_g128 float32 [n_tiles, groups, TILE_ROWS];
-    nvfp4 u8 [n_tiles, k_blocks, TILE_ROWS, bkw/16, 4], read as int32 words: the scales of the four code positions.
+``rows`` (a K block is 4 * bkw columns; n padded to ROW_PAD, k to 256 or, for bkw 16, to a block)
+    codes int16 [n_tiles, k_blocks, TILE_ROWS, bkw]: a tile is contiguous in memory.
+    scales: absmax7_tensor float32 [1]; absmax7_row float32 [n_pad]; absmax7_g128, nf4 and wide mxfp4 float32
+    [n_tiles, groups, TILE_ROWS]; nvfp4, mxfp4 u8 [n_tiles, k_blocks, TILE_ROWS, words, 4], read as int32 words whose
+    byte j is the scale of code position j, for 16 (nvfp4) or up to 32 (mxfp4) columns a word.
 
-n is padded to a multiple of ROW_PAD and k to a whole block, with weights that decode to zero.
+``fragments`` (bkw 16; four such blocks form a K block of 256 columns; n padded to ROW_PAD, k to a block)
+    codes int16 [n_pad/16, k_blocks, 4, 32, 8]: for each 64 columns, what each of the 32 lanes of a warp holds of the
+    left operand of a 16 x 16 matrix product: [row 0..7][column pair 0..3][column + 8][row + 8][column of the pair].
+    scales: u8 [n_pad/16, k_blocks, 16, 256/group] in K order; float32 [n_pad/16, k_blocks, 256/group, 16].
+
+Padding decodes to zero.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,27 +31,36 @@ from vbench.errors import Unsupported
 
 TILE_ROWS = 64
 ROW_PAD = 128
+FRAGMENT_ROWS = 16
+FRAGMENT_COLUMNS = 256
 #: name -> elements of K that share a scale (0: the whole tensor, -1: the whole row)
-GROUPS = {"absmax7_tensor": 0, "absmax7_row": -1, "absmax7_g128": 128, "nvfp4": 16}
+GROUPS = {"absmax7_tensor": 0, "absmax7_row": -1, "absmax7_g128": 128, "nvfp4": 16, "mxfp4": 32, "nf4": 64}
+#: formats whose scales are one byte, and the dtype they come in
+BYTE_SCALES = {"nvfp4": torch.float8_e4m3fn, "mxfp4": torch.uint8}
 #: Bit of the 16-bit element for (mantissa, low exponent, high exponent, sign) of each code: see ``_fp4._E2M1_BF16``.
 TWIDDLE = ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (10, 11, 13, 14))
 #: code that decodes to zero
-ZERO_CODE = {"absmax7_tensor": 8, "absmax7_row": 8, "absmax7_g128": 8, "nvfp4": 0}
+ZERO_CODE = {"absmax7_tensor": 8, "absmax7_row": 8, "absmax7_g128": 8, "nvfp4": 0, "mxfp4": 0, "nf4": 7}
+#: Largest E8M0 byte whose scale (times 2^126, which undoes the decoder's exponent) fits bfloat16.
+E8M0_NARROW_MAX = 128
+Order = Literal["rows", "fragments"]
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A weight in the kernels' layout.
+    """A weight in a kernels' layout.
 
     Args:
         fmt: format name.
         n, k: the weight's own shape; the tensors are padded.
-        bkw: columns of a packed tile; a K block is 4 times as wide.
+        bkw: columns of a packed tile.
         twiddled: E2M1 bits are at ``TWIDDLE`` instead of in nibble order.
-        codes: int16 [n_tiles, k_blocks, TILE_ROWS, bkw].
-        scale: see the module's text.
+        codes, scale: see the module's text.
         global_scale: float32 [1].
         small_scales: nvfp4 only: some block scale is zero or subnormal in E4M3, which takes a slower decode.
+        wide: mxfp4 only: scales are kept as float32 and multiply sums instead of weights, because some scale is beyond
+            ``E8M0_NARROW_MAX`` or x's dtype has not their range.
+        order: layout.
     """
 
     fmt: str
@@ -57,10 +72,12 @@ class PackedWeight:
     scale: Tensor
     global_scale: Tensor
     small_scales: bool = False
+    wide: bool = False
+    order: Order = "rows"
 
     @property
     def n_pad(self) -> int:
-        return int(self.codes.shape[0]) * TILE_ROWS
+        return int(self.codes.shape[0]) * (TILE_ROWS if self.order == "rows" else FRAGMENT_ROWS)
 
     @property
     def k_blocks(self) -> int:
@@ -104,19 +121,32 @@ def _untwiddle(words_i32: Tensor) -> Tensor:
 
 
 def has_small_scales(scale: Tensor) -> bool:
-    """Whether some E4M3 scale is zero or subnormal; False for float32 scales, of which nothing depends on that."""
+    """Whether some E4M3 scale is zero or subnormal; False for other scales, of which nothing depends on that."""
     return scale.dtype == torch.float8_e4m3fn and bool((scale.contiguous().view(torch.uint8) < 0x08).any())
 
 
-def check_weight(fmt: str, weight: dict[str, Any] | Any, n: int, k: int) -> None:
-    """Shapes, dtypes and scale bytes of a canonical weight.
+def has_wide_scales(scale: Tensor) -> bool:
+    """Whether some E8M0 scale does not fit a bfloat16 operand; False for other scales."""
+    return scale.dtype == torch.uint8 and bool((scale > E8M0_NARROW_MAX).any())
+
+
+def e8m0_float(scale: Tensor) -> Tensor:
+    """E8M0 bytes (no NaN) -> float32 2^(b - 127), exact; 2^-127 is subnormal."""
+    bits = scale.to(torch.int32) << 23
+    value: Tensor = torch.where(scale == 0, 1 << 22, bits).view(torch.float32)
+    return value
+
+
+def check_weight(fmt: str, weight: dict[str, Any] | Any, n: int, k: int, nan_scales: bool = False) -> None:
+    """Shapes, dtypes and scale bytes of a canonical weight. ``nan_scales``: mxfp4's NaN scale is taken.
 
     Raises:
-        Unsupported: ``weight_shape``, ``weight_dtype``, or ``scale_not_finite_positive`` (E4M3 NaN or negative).
+        Unsupported: ``weight_shape``, ``weight_dtype``, or ``scale_not_finite_positive`` (E4M3 NaN or negative,
+            E8M0 NaN).
     """
     group = GROUPS[fmt]
     scale_shape = (1,) if group == 0 else (n,) if group == -1 else (n, k // group)
-    scale_dtype = torch.float8_e4m3fn if fmt == "nvfp4" else torch.float32
+    scale_dtype = BYTE_SCALES.get(fmt, torch.float32)
     for name, shape, dtype in (
         ("codes", (n, k // 2), torch.uint8),
         ("scale", scale_shape, scale_dtype),
@@ -131,62 +161,139 @@ def check_weight(fmt: str, weight: dict[str, Any] | Any, n: int, k: int) -> None
         raise Unsupported(
             "scale_not_finite_positive", "an nvfp4 block scale is NaN or negative; encode the weight again"
         )
+    if fmt == "mxfp4" and not nan_scales and bool((weight["scale"] == 0xFF).any()):
+        raise Unsupported("scale_not_finite_positive", "an mxfp4 block scale is NaN (0xFF); encode the weight again")
 
 
-def pack_weight(fmt: str, weight: dict[str, Any] | Any, n: int, k: int, bkw: int, twiddled: bool) -> PackedWeight:
+def _words(codes_i32: Tensor, twiddled: bool) -> Tensor:
+    """[..., 4] codes -> int16 elements."""
+    if twiddled:
+        words: Tensor = _twiddle(codes_i32)
+    else:
+        words = codes_i32[..., 0] | (codes_i32[..., 1] << 4) | (codes_i32[..., 2] << 8) | (codes_i32[..., 3] << 12)
+    signed: Tensor = (words + 0x8000) % 0x10000 - 0x8000
+    elements: Tensor = signed.to(torch.int16)
+    return elements
+
+
+def _to_fragments(elements: Tensor) -> Tensor:
+    """Elements of bkw 16, [n_pad, k_pad/64, 16] -> [n_pad/16, k_pad/256, 4, 32, 8]."""
+    n, quarters, _ = elements.shape
+    # [tile, row + 8, row, block, quarter, column + 8, pair, column of the pair]
+    parts = elements.reshape(n // 16, 2, 8, quarters // 4, 4, 2, 4, 2)
+    return parts.permute(0, 3, 4, 2, 6, 5, 1, 7).reshape(n // 16, quarters // 4, 4, 32, 8).contiguous()
+
+
+def _from_fragments(fragments: Tensor) -> Tensor:
+    """The inverse of ``_to_fragments``."""
+    tiles, blocks = fragments.shape[:2]
+    parts = fragments.reshape(tiles, blocks, 4, 8, 4, 2, 2, 2)
+    return parts.permute(0, 6, 3, 1, 2, 5, 4, 7).reshape(tiles * 16, blocks * 4, 16)
+
+
+def _byte_words(scale: Tensor, bkw: int, k_blocks: int) -> Tensor:
+    """Byte scales [n_pad, k_pad/group] -> [n_tiles, k_blocks, TILE_ROWS, words, 4]; see the module's text.
+
+    Where a group spans code positions (mxfp4, bkw 16) its byte stands at each of them.
+    """
+    n_pad = scale.shape[0]
+    per_block = scale.reshape(n_pad // TILE_ROWS, TILE_ROWS, k_blocks, -1)
+    if per_block.shape[-1] < 4:
+        per_block = per_block.repeat_interleave(4 // per_block.shape[-1], dim=-1)
+    words: Tensor = per_block.unflatten(-1, (4, -1)).permute(0, 2, 1, 4, 3).contiguous()
+    return words
+
+
+def _pack_scale(fmt: str, scale: Tensor, n_pad: int, k_pad: int, bkw: int, wide: bool, order: Order) -> Tensor:
+    group = GROUPS[fmt]
+    if fmt == "absmax7_tensor":
+        return scale.clone()
+    if fmt == "absmax7_row":
+        return _pad(scale.reshape(-1, 1), n_pad, 1, 0).reshape(n_pad).clone()
+    if fmt in BYTE_SCALES and not wide:
+        scale = _pad(scale.view(torch.uint8), n_pad, k_pad // group, 0)
+        if order == "fragments":
+            blocks = k_pad // FRAGMENT_COLUMNS
+            return scale.reshape(n_pad // 16, 16, blocks, -1).permute(0, 2, 1, 3).contiguous()
+        return _byte_words(scale, bkw, k_pad // (4 * bkw))
+    groups = _ceil(k_pad, group) // group
+    scale = _pad(e8m0_float(scale) if wide else scale, n_pad, groups, 0)
+    if order == "fragments":
+        blocks = k_pad // FRAGMENT_COLUMNS
+        return scale.reshape(n_pad // 16, 16, blocks, -1).permute(0, 2, 3, 1).contiguous()
+    return scale.reshape(n_pad // TILE_ROWS, TILE_ROWS, groups).permute(0, 2, 1).contiguous()
+
+
+def pack_weight(
+    fmt: str,
+    weight: dict[str, Any] | Any,
+    n: int,
+    k: int,
+    bkw: int,
+    twiddled: bool,
+    wide: bool = False,
+    order: Order = "rows",
+) -> PackedWeight:
     """Canonical -> packed. Any device. Temporary memory: 4 bytes a weight.
 
     Raises:
         Unsupported: see ``check_weight``.
     """
     check_weight(fmt, weight, n, k)
-    n_pad, k_pad = _ceil(n, ROW_PAD), _ceil(k, 4 * bkw)
-    n_tiles, k_blocks = n_pad // TILE_ROWS, k_pad // (4 * bkw)
+    step = 64 if order == "rows" and bkw == 16 else FRAGMENT_COLUMNS
+    n_pad, k_pad = _ceil(n, ROW_PAD), _ceil(k, step)
     zero = ZERO_CODE[fmt] * 0x11
     packed = _pad(weight["codes"], n_pad, k_pad // 2, zero)
     nibbles = torch.stack((packed & 0xF, packed >> 4), dim=-1)
-    # [tile, row, block, j, column] -> [tile, block, row, column, j]
-    codes = nibbles.reshape(n_tiles, TILE_ROWS, k_blocks, 4, bkw).permute(0, 2, 1, 4, 3).to(torch.int32)
-    if twiddled:
-        words = _twiddle(codes)
+    # [row, block, j, column] -> [row, block, column, j]
+    codes = nibbles.reshape(n_pad, k_pad // (4 * bkw), 4, bkw).permute(0, 1, 3, 2).to(torch.int32)
+    elements = _words(codes, twiddled)
+    if order == "fragments":
+        elements = _to_fragments(elements)
     else:
-        words = codes[..., 0] | (codes[..., 1] << 4) | (codes[..., 2] << 8) | (codes[..., 3] << 12)
-    words = ((words + 0x8000) % 0x10000 - 0x8000).to(torch.int16).contiguous()
-    scale = weight["scale"]
-    small_scales = has_small_scales(scale)
-    if fmt == "absmax7_row":
-        scale = _pad(scale.reshape(n, 1), n_pad, 1, 0).reshape(n_pad).clone()
-    elif fmt == "absmax7_g128":
-        groups = _ceil(k_pad, 128) // 128
-        scale = _pad(scale, n_pad, groups, 0).reshape(n_tiles, TILE_ROWS, groups).permute(0, 2, 1).contiguous()
-    elif fmt == "nvfp4":
-        scale = _pad(scale.view(torch.uint8), n_pad, k_pad // 16, 0)
-        scale = scale.reshape(n_tiles, TILE_ROWS, k_blocks, 4, bkw // 16).permute(0, 2, 1, 4, 3).contiguous()
-    else:
-        scale = scale.clone()
-    return PackedWeight(fmt, n, k, bkw, twiddled, words, scale, weight["global_scale"].clone(), small_scales)
+        elements = elements.reshape(n_pad // TILE_ROWS, TILE_ROWS, -1, bkw).permute(0, 2, 1, 3).contiguous()
+    scale = _pack_scale(fmt, weight["scale"], n_pad, k_pad, bkw, wide, order)
+    small = has_small_scales(weight["scale"])
+    return PackedWeight(fmt, n, k, bkw, twiddled, elements, scale, weight["global_scale"].clone(), small, wide, order)
+
+
+def _unpack_scale(packed: PackedWeight) -> Tensor:
+    fmt, n, scale = packed.fmt, packed.n, packed.scale
+    group = GROUPS[fmt]
+    if group == 0:
+        return scale.clone()
+    if group == -1:
+        return scale[:n].clone()
+    if fmt in BYTE_SCALES and not packed.wide:
+        if packed.order == "fragments":
+            scale = scale.permute(0, 2, 1, 3)
+        else:
+            scale = scale.permute(0, 2, 1, 4, 3)
+            if 4 * packed.bkw // group < 4:
+                scale = scale[:, :, :, :: 4 * group // (4 * packed.bkw)]
+        scale = scale.reshape(packed.n_pad, -1)[:n, : packed.k // group].contiguous()
+        return scale.view(BYTE_SCALES[fmt])
+    scale = scale.permute(0, 3, 1, 2) if packed.order == "fragments" else scale.permute(0, 2, 1)
+    scale = scale.reshape(packed.n_pad, -1)[:n, : packed.k // group].contiguous()
+    if packed.wide:
+        # A power of two: its exponent is the byte, and the subnormal one has exponent 0.
+        scale = (scale.view(torch.int32) >> 23).to(torch.uint8)
+    return scale
 
 
 def unpack_weight(packed: PackedWeight) -> dict[str, Tensor]:
     """Packed -> canonical, the exact inverse of ``pack_weight``."""
     n, k, bkw = packed.n, packed.k, packed.bkw
-    n_tiles, k_blocks = packed.codes.shape[:2]
-    words = packed.codes.to(torch.int32) & 0xFFFF
+    if packed.order == "fragments":
+        elements = _from_fragments(packed.codes)
+    else:
+        elements = packed.codes.permute(0, 2, 1, 3).reshape(packed.n_pad, -1, bkw)
+    words = elements.to(torch.int32) & 0xFFFF
     nibbles = torch.stack([(words >> (4 * j)) & 0xF for j in range(4)], dim=-1)
     codes = _untwiddle(words) if packed.twiddled else nibbles
-    codes = codes.permute(0, 2, 1, 4, 3).reshape(n_tiles * TILE_ROWS, k_blocks * 4 * bkw)[:n, :k].to(torch.uint8)
-    scale = packed.scale
-    if packed.fmt == "absmax7_row":
-        scale = scale[:n].clone()
-    elif packed.fmt == "absmax7_g128":
-        scale = scale.permute(0, 2, 1).reshape(packed.n_pad, -1)[:n, : k // 128].contiguous()
-    elif packed.fmt == "nvfp4":
-        scale = scale.permute(0, 2, 1, 4, 3).reshape(packed.n_pad, -1)[:n, : k // 16].contiguous()
-        scale = scale.view(torch.float8_e4m3fn)
-    else:
-        scale = scale.clone()
+    codes = codes.permute(0, 1, 3, 2).reshape(packed.n_pad, -1)[:n, :k].to(torch.uint8)
     return {
         "codes": codes[:, 0::2] | (codes[:, 1::2] << 4),
-        "scale": scale,
+        "scale": _unpack_scale(packed),
         "global_scale": packed.global_scale.clone(),
     }
