@@ -103,6 +103,11 @@ CASES: dict[str, dict[str, int | str]] = {
         "host_bytes": 256,
         "file_bytes": 4096,
     },
+    "tier_fetch": {"fmt": "nvfp4", "n": 4, "k": 32},
+    "decoder_block": {"family": "llama3", "fmt": "nvfp4", "s": 4, "hidden": 32, "hq": 2, "hk": 1, "inner": 64},
+    "int8_linear": {"m": 4, "n": 8, "k": 64},
+    "svd": {"m": 7, "n": 5},
+    "elementwise_chain": {"n": 32, "steps": 4},
 }
 
 

@@ -57,7 +57,7 @@ class Plan:
         warps, stages: as Triton means them (``gluon``: all its partitions' warps).
         split: parts that K is summed in (``fused``: in different programs).
         block_sums: ``fused``: add one float32 sum a K block instead of carrying the matrix unit's accumulator along.
-        chunk: ``dequant_cublas``: weight rows decoded at a time; the scratch they fill should stay in L2.
+        chunk: ``dequant_cublas``: weight rows decoded at a time, into scratch memory of as many rows.
         wide: mxfp4 with float32 scales on sums instead of scales in the operand: see ``packing.PackedWeight``.
         dependent: ``stationary``: begin to fetch weights before the kernel in front has finished.
     """
@@ -80,7 +80,7 @@ Table = tuple[tuple[int, Plan], ...]
 _UP_TO_32: Table = (
     (8, Plan("fused", 64, 8, 64, 4, 4)),
     (16, Plan("fused", 64, 16, 64, 4, 4)),
-    (32, Plan("fused", 64, 32, 64, 4, 4)),
+    (32, Plan("fused", 64, 32, 64, 4, 3)),
 )
 _SCALE_IN_EPILOGUE: Table = (
     (8, Plan("fused", 64, 8, 64, 2, 4)),
@@ -127,16 +127,21 @@ GLUON_TILES: tuple[tuple[int, int, int, tuple[float, float, float]], ...] = (
     (128, 64, 6, (18.0, 20.0, 19.0)),
 )
 GLUON_PROCESSORS = 132
+#: What each further part of K adds, in the same unit: its sums go through memory.
+GLUON_PART_COST = 1.0
+#: Most tokens for which the stationary kernel wins; the fused one reads weights as fast from 16 on.
+STATIONARY_MAX_M = 8
 #: Format -> smallest m from which decoding to scratch memory and the vendor's GEMM wins.
 DEQUANT_FROM_M: Mapping[str, int] = {
     "absmax7_tensor": 3072,
     "absmax7_row": 3072,
-    "absmax7_g128": 1024,
+    "absmax7_g128": 2048,
     "nvfp4": 2048,
     "mxfp4": 2048,
-    "nf4": 1024,
+    "nf4": 192,
 }
-DEQUANT_CHUNK = 2048
+#: Rows decoded at a time. Slices that stay in L2 were tried (2048 rows) and lose: each pays a launch and a tail.
+DEQUANT_CHUNK = 14336
 
 
 def split_count(n: int, k: int) -> int:
@@ -174,20 +179,12 @@ def choose_gluon(m: int, n: int, k: int, fmt: str) -> Plan:
         bn, bm, _, costs = tile
         split = parts(bn, bm)
         waves = -(-tiles(bn, bm) * split // GLUON_PROCESSORS)
-        return waves * costs[column] / split
+        return waves * costs[column] / split + (split - 1) * GLUON_PART_COST
 
     bn, bm, stages, _ = min(GLUON_TILES, key=cost)
     # nf4's two sums a block stay in flight together only where they are added block by block.
     sums = fmt == "nf4"
     return Plan("gluon", bn, 64 if sums else bm, linear_gluon_host.BKW, 12, stages, parts(bn, bm), block_sums=sums)
-
-
-def choose_gluon_few(m: int, n: int, k: int, fmt: str) -> Plan:
-    """Up to SPLIT_MAX_M tokens: the order of sums is given, and the tile as wide as registers allow."""
-    grouped = GROUPS[fmt] > 0 and fmt not in BYTE_SCALES
-    bm = 32 if m <= 32 else 64
-    bn, stages = (128, 6) if grouped else (256, 4)
-    return Plan("gluon", bn, bm, linear_gluon_host.BKW, 12, stages, split_count(n, k))
 
 
 def choose_plan(
@@ -203,9 +200,7 @@ def choose_plan(
         return Plan("dequant_cublas", 0, 0, 0, 0, 0, chunk=DEQUANT_CHUNK)
     if hopper and m > SPLIT_MAX_M and linear_gluon_host.takes(fmt, x, n, k):
         return choose_gluon(m, n, k, fmt)
-    if hopper and m > linear_stationary_host.MAX_TOKENS and linear_gluon_host.takes(fmt, x, n, k):
-        return choose_gluon_few(m, n, k, fmt)
-    if hopper and m <= linear_stationary_host.MAX_TOKENS and linear_stationary_host.takes(fmt, x, k):
+    if hopper and m <= STATIONARY_MAX_M and linear_stationary_host.takes(fmt, x, k):
         return Plan("stationary", 16, linear_stationary_host.tokens(m), 16, 16, 1, split_count(n, k), dependent=True)
     table = TABLE_FP32 if x == "fp32" else TABLE_WIDE if wide else TABLES[fmt]
     plan = next(p for limit, p in table if m <= limit)
