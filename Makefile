@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Documents with numbers generated from records.
-GENERATED := README.md docs/verdicts.md
+GENERATED := README.md docs/verdicts.md docs/error-rates.md
 
 # How much of the ahead-of-time gate: quick (a sample of every kernel) or standard (every table entry).
 GATE := quick
@@ -66,9 +66,9 @@ matrix: setup
 	sed -i '/^## /,$$d' docs/matrix.md
 	$(BIN)/vbench list --matrix --device cpu >> docs/matrix.md
 
-# Keep from RUN (folders of runs) the records the documents rest on: make baseline RUN=... MACHINE=h200
+# Keep from RUN (folders of runs) the records the documents rest on; prints old and new: make baseline RUN=... MACHINE=h200
 baseline: setup
-	$(BIN)/python -m vbench.baseline results/baselines/$(MACHINE) --run $(RUN) --document $(GENERATED)
+	$(BIN)/vbench baseline update $(RUN) --baseline results/baselines/$(MACHINE) --document $(GENERATED) --write
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis results/runs

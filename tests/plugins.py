@@ -25,6 +25,7 @@ def install(
 HONEST = """
     import torch
     from vbench.backend import Availability, DeclaredBackend
+    from vbench.errors import Unsupported
     from vbench.spec import Numerics
 
     BACKEND = DeclaredBackend(
@@ -58,6 +59,8 @@ HONEST = """
             return launch
 
     def make(case, variant, device):
+        if case.text("fmt") not in ("absmax7_tensor", "absmax7_row", "absmax7_g128", "nvfp4"):
+            raise Unsupported("format", "the stranger knows four formats")
         return Dequantize(case)
 """
 

@@ -57,6 +57,8 @@ def violations(area: str, path: Path) -> list[str]:
     elif area == "suites":
         bad += sorted(outside(everywhere, CONTRACT | {"vbench.suites", "vbench.reference.ops"}))
         bad += sorted(n for n in everywhere if n.split(".")[0] in HEAVY - {"hypothesis"})
+    elif area == "virtual":
+        bad += sorted(outside(everywhere, CONTRACT | {"vbench.kernels"}))
     else:
         bad += sorted(outside(everywhere, CONTRACT | {f"vbench.kernels.{area}"}))
     return bad
@@ -92,6 +94,9 @@ def test_arrows(area: str, path: Path) -> None:
         ("triton", "from vbench.reference.fp4 import quantize"),
         ("triton", "from vbench.kernels.tiers import stack"),
         ("triton", "import vbench.runner"),
+        ("virtual", "import vbench.runner"),
+        ("virtual", "from vbench.reference import fp4"),
+        ("tiers", "from vbench.kernels.virtual import shapes"),
     ],
 )
 def test_a_forbidden_arrow_is_seen(tmp_path: Path, area: str, code: str) -> None:

@@ -12,12 +12,20 @@ import pytest
 
 from vbench.cli import main, parser
 
+PAIRS = "--suite --op --case --backend --effort --device --pairs --max-pairs --delta --limit-s --floors --seed --out"
 FROZEN = {
     "run": "--suite --backend --op --device --effort --out --seed --resume --dry-run --strict --json",
     "list": "--matrix --device --json",
     "show": "run --failed --case --out --format --json",
     "repro": "hash --run --backend --out --json",
     "doctor": "--json",
+    "gate": f"run --baseline --against --strict --format {PAIRS}",
+    "ab": f"a b --strict --format {PAIRS}",
+    "baseline update": "runs --baseline --document --ledger --out --write --json",
+    "report": "run --output --out",
+    "roofline": "--device --only --folder --out --json",
+    "selftest": "--aa --simulated --suite --op --case --backend --device --cases --skip --pairs --limit-s --join "
+    "--seed --out --json",
     "claims list": "--records --ledger --json",
     "claims check": "document --records --ledger --json",
     "claims update": "document --records --ledger --json",

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from vbench.cli import main, parser
+from vbench.kernels.virtual.cli import parser as virtual_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "results").glob("*.md")])
@@ -43,9 +44,10 @@ def vouched(line: str) -> bool:
     if words[:1] == ["make"]:
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         return all(re.search(rf"^{t}:", makefile, flags=re.MULTILINE) for t in words[1:] if "=" not in t)
-    if words[:1] in (["vbench"], [".venv/bin/vbench"]):
+    parsers = {"vbench": parser, ".venv/bin/vbench": parser, "virtual-blackwell": virtual_parser}
+    if words and words[0] in parsers:
         try:
-            parser().parse_args(words[1:])
+            parsers[words[0]]().parse_args(words[1:])
         except SystemExit:
             return False
         return True
@@ -58,7 +60,14 @@ def vouched(line: str) -> bool:
 
 def test_a_command_that_cannot_work_is_seen() -> None:
     assert vouched("make run  # a comment") and vouched("vbench show --failed")
-    bad = ("make coffee", "vbench brew", "vbench run --fast", "vbench show A B", "rm -rf build")
+    bad = (
+        "make coffee",
+        "vbench brew",
+        "vbench run --fast",
+        "virtual-blackwell estimate",
+        "vbench show A B",
+        "rm -rf build",
+    )
     assert not any(map(vouched, bad))
 
 
@@ -72,7 +81,7 @@ def test_every_command_in_a_document_is_executed_or_vouched_for(path: Path, caps
         elif language == "sh":
             assert [line for line in body.splitlines() if line.strip() and not vouched(line)] == []
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    inline = [" ".join(code.split()) for code in re.findall(r"`((?:vbench|make) [^`]+)`", prose)]
+    inline = [" ".join(code.split()) for code in re.findall(r"`((?:vbench|make|virtual-blackwell) [^`]+)`", prose)]
     if path.name == "CHANGELOG.md":
         return  # history may name what is gone
     # Placeholders in capitals stand for an argument; brackets and dots for more.

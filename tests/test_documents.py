@@ -390,3 +390,27 @@ def test_numbers_and_units() -> None:
     assert quantity_text(31.4e-6, "s") == "31.4 us" and quantity_text(2.5, "s") == "2.50 s"
     assert quantity_text(20.1e9, "B") == "20.1 GB" and quantity_text(17, "B") == "17.0 B"
     assert quantity_text(2.9, "x") == "2.90x" and quantity_text(0.887, "") == "0.887"
+
+
+def test_a_number_that_no_record_has_is_named_in_a_marked_table() -> None:
+    once = fresh(DOCUMENT)
+    row = "| absmax7_row | 3.70x | 3.70x | 3.70x |"
+    added = once.replace(row, row + "\n| by_hand | 42.5x | 3.70x | |")
+    (drift,) = drifts(added)
+    assert drift.reason == "unregistered" and "42.5" in drift.unregistered and "numbers of no record" in str(drift)
+    # control: a row left out adds no number
+    (drift,) = drifts(once.replace(row + "\n", ""))
+    assert (drift.reason, drift.unregistered) == ("drift", ())
+
+
+def test_stale_evidence_that_is_not_marked_is_named() -> None:
+    once = fresh(DOCUMENT)
+
+    def moved(record: Record) -> str:
+        return "sha256:other"
+
+    found = check(once, ledger(), records(), current_sources=moved, where="README.md")
+    assert {d.reason for d in found} >= {"stale"}
+    assert any("not marked STALE" in str(d) for d in found)
+    marked = update(once, ledger(), records(), current_sources=moved, where="README.md")
+    assert check(marked, ledger(), records(), current_sources=moved) == [], "printed as STALE it is no error"

@@ -17,6 +17,8 @@ from vbench.report import LAST_SCREEN_LINES, last_screen
 from vbench.store import read_records
 
 OWN = ("torch", "triton", "numba_cuda", "tiers")
+#: Ops that illustrate a remark of the document and have a handful of fixed cases.
+REMARKS = ("svd", "elementwise_chain")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,8 @@ def test_own_backends_conform(run: tuple[dict[str, Any], list[Record]], backend:
     mine = [r for r in run[1] if r.backend == backend and r.kind == "check"]
     assert [(r.case, r.outcome.value, r.detail) for r in mine if r.outcome not in EXCUSED] == []
     per_op = Counter(r.case.partition("[")[0] for r in mine if r.outcome == "PASSED")
-    assert per_op and min(per_op.values()) >= 10, per_op
+    few = {op: count for op, count in per_op.items() if count < (3 if op in REMARKS else 10)}
+    assert per_op and not few, few
 
 
 def test_the_trivial_kernels_fail_everywhere(run: tuple[dict[str, Any], list[Record]]) -> None:

@@ -310,7 +310,7 @@ def test_what_the_document_lacks_is_refused(case: Case, variant: str, rule: str)
 # Peers
 
 
-@pytest.mark.parametrize("variant", TORCH_NATIVE.variants["fp4_linear"])
+@pytest.mark.parametrize("variant", [v for v in TORCH_NATIVE.variants["fp4_linear"] if v != "torch_compile"])
 @settings(max_examples=80)
 @given(case=STRATEGIES["fp4_linear"])
 def test_peer_linears_are_within_their_declared_budget(variant: str, case: Case) -> None:

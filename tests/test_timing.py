@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,13 +20,17 @@ from vbench.timing import (
     HEAD_START_LIMIT_S,
     HEAD_START_S,
     MAX_COPIES,
+    MIN_REPLAY_S,
     ROTATION_OVER_L2,
     ColdClock,
     copies_needed,
     flush_bytes,
+    graph_sampler,
     head_start_cycles,
     persisting_l2_reset,
+    rotating_sampler,
     take_blocks,
+    time_graph,
     time_wall,
 )
 
@@ -103,6 +109,17 @@ def test_reading_the_state_is_no_sampling_time() -> None:
 
     # control: slow samples do end it
     assert take_blocks(slow_sample, monitor(FakeNvml()), **arguments).stopped == "time"
+
+
+def test_sampling_ends_once_the_median_is_known_well_enough() -> None:
+    quiet = itertools.cycle([1.0, 1.0001, 0.9999, 1.0002, 0.9998])
+    arguments: dict[str, Any] = {"count": 60, "least": 10, "limit_s": 1e9, "target": 0.002}
+    taken = take_blocks(lambda: next(quiet), NONE, **arguments)
+    assert (len(taken.samples_s), taken.stopped) == (BLOCK, "interval")
+    noisy = itertools.cycle([1.0, 1.1, 0.9, 1.2, 0.8])
+    # control: noise keeps it going to the cap, and so does having no target
+    assert take_blocks(lambda: next(noisy), NONE, **arguments).stopped == "count"
+    assert take_blocks(lambda: next(quiet), NONE, **{**arguments, "target": None}).stopped == "count"
 
 
 def test_no_monitor_is_said_and_not_zero() -> None:
@@ -218,3 +235,91 @@ def test_the_persisting_part_of_l2_is_given_back_or_it_is_said_why_not() -> None
     assert persisting_l2_reset(None) == "no_driver"
     assert persisting_l2_reset(Driver(215, 0)) == "cuCtxSetLimit_215"
     assert persisting_l2_reset(Driver(0, 1)) == "cuCtxResetPersistingL2Cache_1"
+
+
+class FakeCuda:
+    """As much of ``torch.cuda`` as graph timing uses: launches take time on a fake clock, captured ones at replay."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.capturing: list[float] | None = None
+        cuda = self
+
+        class Stream:
+            def wait_stream(self, other: object) -> None: ...
+
+            def synchronize(self) -> None: ...
+
+        class Event:
+            def __init__(self, enable_timing: bool = False) -> None:
+                self.at = 0.0
+
+            def record(self, stream: object = None) -> None:
+                self.at = cuda.now
+
+            def synchronize(self) -> None: ...
+
+            def elapsed_time(self, end: Event) -> float:
+                return (end.at - self.at) * 1e3
+
+        class CUDAGraph:
+            def __init__(self) -> None:
+                self.seconds: list[float] = []
+
+            def replay(self) -> None:
+                assert cuda.capturing is None and self.seconds
+                cuda.now += sum(self.seconds)
+
+        self.Stream, self.Event, self.CUDAGraph = Stream, Event, CUDAGraph
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any, stream: object = None) -> Iterator[None]:
+        self.capturing = graph.seconds
+        yield
+        self.capturing = None
+
+    @contextlib.contextmanager
+    def stream(self, stream: object) -> Iterator[None]:
+        yield
+
+    def current_stream(self) -> object:
+        return self.Stream()
+
+    def synchronize(self) -> None: ...
+
+    def launch(self, seconds: float) -> Any:
+        def run() -> None:
+            if self.capturing is not None:
+                self.capturing.append(seconds)
+            else:
+                self.now += seconds
+
+        return run
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    import torch
+
+    fake = FakeCuda()
+    for name in ("Stream", "Event", "CUDAGraph", "graph", "stream", "current_stream", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    return fake
+
+
+@pytest.mark.parametrize("seconds", [2e-6, 50e-6, 3e-3])
+def test_a_replay_runs_every_copy_and_lasts_long_enough(cuda: FakeCuda, seconds: float) -> None:
+    copies = [cuda.launch(seconds) for _ in range(5)]
+    sampler = rotating_sampler(copies)
+    assert sampler.launches % 5 == 0 and sampler.launches * seconds >= MIN_REPLAY_S
+    measured = time_graph(sampler, 17, NONE)
+    assert measured.median_s == pytest.approx(seconds) and measured.launches_per_sample == sampler.launches
+    assert (measured.quantity, measured.rotated_bytes, measured.stopped) == ("graph", 17, "interval")
+
+
+def test_a_slowed_graph_runs_more_launches_than_it_counts(cuda: FakeCuda) -> None:
+    copies = [cuda.launch(1e-5) for _ in range(3)]
+    plain, slowed = (graph_sampler(copies, 200, s).sample() for s in (0.0, 0.02))
+    assert slowed / plain == pytest.approx(1.02)
+    with pytest.raises(ValueError, match="cannot be slowed"):
+        graph_sampler(copies, 10, 0.02)

@@ -23,6 +23,7 @@ WANTED = (
     "vbench/reference/ops/fp4.py",
     "vbench/suites/fp4.py",
     "vbench/suites/virtual_blackwell/claims.toml",
+    "vbench/templates/report.html.j2",
     "vbench/py.typed",
 )
 SYMLINK = 0o120000

@@ -95,6 +95,14 @@ def refuse_beyond(case: Case, known: Collection[str]) -> None:
 KernelFactory = Callable[[Case, str, Device], Kernel]
 
 
+class TunableFactory(Protocol):
+    """A KernelFactory of an op for which ``Backend.options`` names options: takes them as texts, none by default."""
+
+    def __call__(self, case: Case, variant: str, device: Device, **options: str) -> Kernel:
+        """Raises Unsupported for an option's value it does not take, too."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Cubin:
     """What a compiler made for one configuration; the harness reads the machine code itself.
@@ -172,6 +180,8 @@ class Backend(Protocol):
         variants: op name -> variant names; an op left out has the single variant ``""``.
         environment: variables set before the worker's first import, per place (interpreter switches).
         timed: optional, default True; False for a backend whose speed means nothing (the oracle).
+        options: optional, op name -> names of the options its factory takes as keyword arguments, for comparing them
+            (``vbench ab triton triton@num_warps=8``).
         configurations: optional, ``module:function() -> Iterable[Configuration]``: what it compiles to, for the
             ahead-of-time gate. Only a backend that has it is probed for the place ``compile``.
     """
@@ -214,6 +224,7 @@ class DeclaredBackend:
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     timed: bool = True
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     configurations: str = ""
 
     def probe(self, device: Place) -> Availability:

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vbench import cli_compare
+from vbench.cli_compare import DEFAULT_OUT
 from vbench.errors import DataError, UsageError
 
-DEFAULT_OUT = Path("results") / "runs"
 EXIT_INTERRUPTED = 130
 
 
@@ -78,6 +79,8 @@ def parser() -> argparse.ArgumentParser:
             )
         sub.add_argument("--ledger", default="virtual_blackwell", metavar="NAME", help="which ledger")
         sub.add_argument("--json", action="store_true", help="print JSON")
+
+    cli_compare.add_commands(commands)
     return top
 
 
@@ -202,4 +205,12 @@ def _claims(arguments: argparse.Namespace) -> int:
     return claims_command(arguments)
 
 
-_COMMANDS = {"run": _run, "list": _list, "show": _show, "repro": _repro, "doctor": _doctor, "claims": _claims}
+_COMMANDS = {
+    "run": _run,
+    "list": _list,
+    "show": _show,
+    "repro": _repro,
+    "doctor": _doctor,
+    "claims": _claims,
+    **cli_compare.COMMANDS,
+}

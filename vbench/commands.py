@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vbench import environment, registry, report, spec
+from vbench import environment, registry, report, selftest, simulate, spec
 from vbench.backend import Device
 from vbench.claims import Claim, Ledger, arithmetic_metrics, load_ledger, stated_digest
 from vbench.errors import DataError, UsageError
@@ -22,6 +22,7 @@ from vbench.plan import Effort, Job, plan
 from vbench.record import EXCUSED, Record
 from vbench.registry import BackendInfo
 from vbench.resume import Pins, pins, refuse_changes
+from vbench.roofline import Attained, attained, ceilings
 from vbench.rows import MOST_ROWS, Limited, estimate_s, within_limit
 from vbench.sources import digest, job_digest
 from vbench.store import RUN_FILE, Key, RunStore, new_run_id, read_records, read_summary, start_counts
@@ -38,6 +39,9 @@ def current_sources(infos: Mapping[str, BackendInfo] | None = None) -> Callable[
     def find(record: Record) -> str | None:
         if record.kind == "arithmetic":
             return stated_digest(stated[record.case]) if record.case in stated else None
+        if record.kind == "selftest":
+            rests_on = {simulate.BACKEND: simulate.SOURCES, selftest.BACKEND: selftest.SOURCES}.get(record.backend)
+            return digest(rests_on) if rests_on is not None else None
         if record.kind == "compile":
             compiler = infos.get(record.backend)
             return digest((compiler.configurations.partition(":")[0],)) if compiler is not None else None
@@ -61,7 +65,7 @@ def _stated(books: dict[str, Ledger]) -> dict[str, Claim]:
     return {c.id: c for book in books.values() for c in book.claims if c.stated is not None}
 
 
-def _device(asked: str) -> Device:
+def device_of(asked: str) -> Device:
     """The device that ``auto``, ``cpu`` or ``cuda`` means here. Raises UsageError for a GPU that is not there."""
     from vbench.runner import detect_device
 
@@ -89,7 +93,7 @@ def run_suites(
     chosen_suites = registry.choose("suite", suites, known_suites)
     chosen_ops = registry.choose("op", ops, known_ops)
     chosen = registry.choose("backend", backends, known_backends)
-    where = _device(device)
+    where = device_of(device)
     run_id = new_run_id()
     recipe = {
         "run": run_id,
@@ -385,6 +389,18 @@ class _Progress:
             print(f"[{self._done}/{self._total}] about {left:.0f} s left; {text}", file=sys.stderr, flush=True)
 
 
+def attainer(records: Sequence[Record]) -> report.Attainer:
+    """What a time attains of its machine's ceilings: those among ``records``, else the baselines'."""
+    ops = registry.ops()
+    known = {**ceilings(baselines()), **ceilings(records)}
+
+    def find(record: Record, median_s: float) -> Attained | None:
+        op = ops.get(record.case.partition("[")[0])
+        return None if op is None else attained(record, median_s, op, known)
+
+    return find
+
+
 def find_run(run: str, out: Path) -> Path:
     """The folder or file that ``RUN`` means: ``latest``, a run id below ``out``, or a path.
 
@@ -416,7 +432,7 @@ def show_run(run: str, out: Path, failed: bool, case_hash: str | None, fmt: str)
         return 0
     if fmt == "csv":
         # The header is there even for no record, so that a reader of columns does not break.
-        print(report.table(report.frame(records), "csv"), end="")
+        print(report.table(report.frame(records, attainer(records)), "csv"), end="")
         return 0
     if not records:
         print("no records")
@@ -430,7 +446,7 @@ def show_run(run: str, out: Path, failed: bool, case_hash: str | None, fmt: str)
         return 0
     parts = [report.conformance(records)] if any(r.kind == "check" for r in records) else []
     parts += [report.compiled(records)] if any(r.kind == "compile" for r in records) else []
-    parts += [report.timings(records)] if any(r.measurements for r in records) else []
+    parts += [report.timings(records, attainer(records))] if any(r.measurements for r in records) else []
     print("\n\n".join(report.table(part, fmt) for part in parts) or "neither checks, compilations nor timings")
     return 0
 
@@ -439,7 +455,7 @@ def matrix_command(device: str, as_json: bool) -> int:
     """``vbench list --matrix``. Exit code 1 where a cell is neither taken nor refused by a typed rule."""
     from vbench import survey
 
-    where = _device(device)
+    where = device_of(device)
     tables = survey.matrix(registry.ops(), list(registry.suites().values()), list(registry.backends().values()), where)
     if as_json:
         print(json.dumps({"device": where, "cells": survey.to_dict(tables)}, indent=1))

@@ -19,6 +19,7 @@ Spans
         value quantity=Q backend=WHO rows=P cols=P ...      (as ratio, one side)
         outcomes [hardware=C] [kind=time|check] [suite=S]   (backend x op, jobs counted by outcome)
         claims [only=SUPPORTED,...] [prefix=fp4.]           (claims whose verdict, stated or restated, is among these)
+        rates backend=WHO [stage=cell|bh|suite]                (our own error rates, from ``vbench selftest``)
 """
 
 from __future__ import annotations
@@ -105,10 +106,26 @@ class Drift:
     found: str
     expected: str
 
+    @property
+    def unregistered(self) -> tuple[str, ...]:
+        """Numbers that stand in the span and in no record behind it, each once."""
+        left = Counter(n.text for n in numerals(self.found)) - Counter(n.text for n in numerals(self.expected))
+        return tuple(left)
+
+    @property
+    def reason(self) -> str:
+        """``stale`` (it rests on other sources and does not say so), ``unregistered`` (a number that no record has) or
+        ``drift``."""
+        if "STALE" in self.expected and self.expected.count("STALE") > self.found.count("STALE"):
+            return "stale"
+        return "unregistered" if self.unregistered else "drift"
+
     def __str__(self) -> str:
-        return (
-            f"{self.where}:{self.line}: {self.what}: found {self.found.strip()!r}, expected {self.expected.strip()!r}"
+        said = {"stale": "stale evidence is not marked STALE: ", "drift": ""}.get(
+            self.reason, f"numbers of no record ({', '.join(self.unregistered[:4])}): "
         )
+        shown = f"found {self.found.strip()!r}, expected {self.expected.strip()!r}"
+        return f"{self.where}:{self.line}: {self.what}: {said}{shown}"
 
 
 def _fenced_lines(lines: Sequence[str]) -> list[bool]:
@@ -300,6 +317,9 @@ def evidence(
     ids: set[str] = set()
     for span in _spans(text, where):
         selector = _Selector(span.selector, f"{where}:{span.line}") if span.kind == "table" else None
+        if selector is not None and selector.kind == "rates":
+            backend = selector.given.get("backend")
+            ids |= {r.id for r in records if r.kind == "selftest" and r.backend == backend}
         if selector is not None and selector.kind in ("ratio", "value"):
             grid = _grid(selector, records)
             for cell in grid.found.values():
@@ -427,7 +447,11 @@ def _table(
         return _outcomes_table(selector, records)
     if selector.kind == "claims":
         return _claims_table(selector, verdicts)
-    raise DataError(f"{selector.here}: table kind {selector.kind!r} is not one of claims, outcomes, ratio, value")
+    if selector.kind == "rates":
+        return _rates_table(selector, records, current_sources)
+    raise DataError(
+        f"{selector.here}: table kind {selector.kind!r} is not one of claims, outcomes, rates, ratio, value"
+    )
 
 
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -569,6 +593,37 @@ def _claims_table(selector: _Selector, verdicts: Sequence[ClaimVerdict]) -> list
         restated = "; ".join(_short(f) for f in v.findings[1:]) or "-"
         rows.append([v.claim, _short(v.stated), restated])
     return _markdown(["claim", "as stated", "restated"], rows) if rows else ["no claim"]
+
+
+def _rates_table(selector: _Selector, records: Sequence[Record], current_sources: CurrentSources) -> list[str]:
+    backend = selector.take("backend", r"\w+")
+    stage = selector.take("stage", "cell|bh|suite", "")
+    selector.done()
+    return rates_table(records, backend, stage, current_sources)
+
+
+def rates_table(
+    records: Iterable[Record], backend: str, stage: str = "", current_sources: CurrentSources = lambda record: None
+) -> list[str]:
+    """Lines of a Markdown table from records of kind ``selftest``: machine by injected slowdown.
+
+    A cell shows the share of compared cells called SLOWER (either way where nothing was injected), its 95 % interval
+    and their number; or STALE.
+    """
+    rows: dict[tuple[str, str, str], dict[float, str]] = {}
+    for r in records:
+        params = case_params(r.case)[1]
+        if r.kind != "selftest" or r.backend != backend or stage not in ("", params["stage"]):
+            continue
+        m = r.metrics
+        text = f"{100 * m['rate']:.1f} % [{100 * m['low']:.1f}, {100 * m['high']:.1f}] of {m['cells']:.0f}"
+        key = params["machine"], params["stage"], params["pairs"]
+        rows.setdefault(key, {})[m["injected"]] = "STALE" if is_stale(r, current_sources) else text
+    if not rows:
+        return ["NOT_RUN (no_records)"]
+    injected = sorted({i for cells in rows.values() for i in cells})
+    head = ["machine", "stage", "pairs", *(f"+{100 * i:g} %" if i else "identical code" for i in injected)]
+    return _markdown(head, ([*key, *(cells.get(i, "no record") for i in injected)] for key, cells in rows.items()))
 
 
 def _short(found: Finding) -> str:

@@ -21,9 +21,10 @@ SCHEMA = 1
 
 #: ``probe``: can the backend be used here. ``check``: value against oracle. ``time``: check, then timing.
 #: ``battery``: trivial kernels against the check. ``arithmetic``: a document's own figures. ``compile``: a kernel's
-#: configuration compiled ahead of time and its machine code read.
-Kind = Literal["probe", "check", "time", "battery", "arithmetic", "compile"]
-KINDS: tuple[Kind, ...] = ("probe", "check", "time", "battery", "arithmetic", "compile")
+#: configuration compiled ahead of time and its machine code read. ``pair``: one side of a pair of processes, blocks of
+#: samples between the other's. ``selftest``: our own error rates. ``roofline``: a machine's measured ceilings.
+Kind = Literal["probe", "check", "time", "battery", "arithmetic", "compile", "pair", "selftest", "roofline"]
+KINDS: tuple[Kind, ...] = ("probe", "check", "time", "battery", "arithmetic", "compile", "pair", "selftest", "roofline")
 
 Quantity = Literal["graph", "wall", "cold"]
 
@@ -120,6 +121,8 @@ class Measurement:
         samples_s: seconds per launch, in the order taken.
         launches_per_sample: how many launches one sample averages over.
         rotated_bytes: bytes of distinct buffers the launches cycle through.
+        blocks: for kind ``pair``, how many of the samples each block has, in time order; the other side's blocks lie
+            between them.
         clock_hz: SM clock before and after, where readable.
         stopped: why sampling ended (``count``, ``time``, ``interval``).
         states: the GPU before the first block of samples and after each.
@@ -143,10 +146,13 @@ class Measurement:
     persisting_l2: str = ""
     empty_s: tuple[float, ...] = ()
     late_samples: int = 0
+    blocks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.samples_s or any(not math.isfinite(s) or s <= 0 for s in self.samples_s):
             raise DataError("a measurement needs at least one sample, all finite and above zero")
+        if self.blocks and (sum(self.blocks) != len(self.samples_s) or min(self.blocks) < 1):
+            raise DataError(f"blocks {self.blocks} do not divide {len(self.samples_s)} samples")
 
     @property
     def median_s(self) -> float:
@@ -159,7 +165,7 @@ class Measurement:
             DeviceState(**{**s, "throttle": None if s.get("throttle") is None else tuple(s["throttle"])})
             for s in body.get("states", ())
         )
-        tuples = {name: tuple(body.get(name, ())) for name in ("samples_s", "clock_hz", "empty_s")}
+        tuples = {name: tuple(body.get(name, ())) for name in ("samples_s", "clock_hz", "empty_s", "blocks")}
         return Measurement(**{**body, **tuples, "states": states})
 
 
@@ -191,6 +197,10 @@ class Record:
         numerics: the kernel's declared numerics.
         environment: machine and versions; key ``hardware`` is the class claims name (``cpu``, ``sm_90``).
         sources: digest of kernel, oracle and op sources.
+        pair, side: for kind ``pair``: number of the process pair in its run, and ``A`` or ``B``.
+        tuning: what was set beside case and variant, name -> text: a backend's options; ``injected``: by what part
+            side B of this cell is slowed on purpose, given on both sides.
+        tree: for kind ``pair``: whose kernels these are, where not the installed ones (a revision or a folder's name).
         deadline_s, elapsed_s: the job's limit and its duration in the worker.
     """
 
@@ -218,6 +228,10 @@ class Record:
     environment: Mapping[str, Any] = field(default_factory=dict)
     sources: str = ""
     elapsed_s: float = 0.0
+    pair: int | None = None
+    side: str = ""
+    tuning: Mapping[str, str] = field(default_factory=dict)
+    tree: str = ""
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -225,16 +239,30 @@ class Record:
             raise DataError(f"{self.case}: a check record carries no measurement")
         if self.measurements and self.role == "own" and self.outcome is not Outcome.PASSED:
             raise DataError(f"{self.case}: an own backend is timed only where its check passed")
+        if (self.kind == "pair") != (self.pair is not None and self.side in ("A", "B")):
+            raise DataError(f"{self.case}: a record of kind pair, and no other, has a pair number and a side A or B")
 
     @property
     def id(self) -> str:
         """Digest of job and process run."""
-        return job_id(self.run, self.kind, self.case, self.backend, self.variant)
+        tuning = ",".join(f"{k}={v}" for k, v in sorted(self.tuning.items()))
+        beside = () if self.pair is None else (str(self.pair), self.side, tuning)
+        return job_id(self.run, self.kind, self.case, self.backend, self.variant, *beside)
+
+    @property
+    def process(self) -> tuple[str, int | None, str]:
+        """Which process took the times: a run is one, and so is each side of each pair."""
+        return self.run, self.pair, self.side
 
     @property
     def who(self) -> str:
         """``backend`` or ``backend[variant]``, as claims name it."""
         return f"{self.backend}[{self.variant}]" if self.variant else self.backend
+
+    @property
+    def label(self) -> str:
+        """``OUTCOME`` or ``OUTCOME(reason)``."""
+        return f"{self.outcome.value}({self.reason})" if self.reason else self.outcome.value
 
     @property
     def hardware(self) -> str:
@@ -300,9 +328,9 @@ class Record:
         return record
 
 
-def job_id(run: str, kind: str, case: str, backend: str, variant: str) -> str:
-    """The id of the record that this job leaves in this run."""
-    return hashlib.sha256("\n".join((run, kind, case, backend, variant)).encode()).hexdigest()[:16]
+def job_id(run: str, kind: str, case: str, backend: str, variant: str, *beside: str) -> str:
+    """The id of the record that this job leaves in this run; ``beside``: pair, side and tuning, for kind ``pair``."""
+    return hashlib.sha256("\n".join((run, kind, case, backend, variant, *beside)).encode()).hexdigest()[:16]
 
 
 def _to_json(value: Any) -> Any:

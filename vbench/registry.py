@@ -45,6 +45,7 @@ class BackendInfo:
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     timed: bool = True
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     configurations: str = ""
     problem: str = ""
     detail: str = ""
@@ -91,6 +92,7 @@ def describe_object(name: str, distribution: str, backend: Any) -> BackendInfo:
         variants={op: tuple(v) for op, v in dict(backend.variants).items()},
         environment={d: dict(v) for d, v in dict(backend.environment).items()},
         timed=bool(getattr(backend, "timed", True)),
+        options={op: tuple(names) for op, names in dict(getattr(backend, "options", {})).items()},
         configurations=configurations,
     )
 
@@ -127,7 +129,8 @@ def _describe_in_child(entry: EntryPoint) -> BackendInfo:
         if last[0]:
             detail = f"its import printed to stdout, which belongs to reports: {last[0][:80]!r}"
             return BackendInfo(name, distribution, problem="prints_to_stdout", detail=detail)
-        body["variants"] = {op: tuple(v) for op, v in body["variants"].items()}
+        for key in ("variants", "options"):
+            body[key] = {op: tuple(v) for op, v in body[key].items()}
         return BackendInfo(**body)
     except (json.JSONDecodeError, KeyError, TypeError):
         detail = f"importing it ended the process with code {done.returncode}"

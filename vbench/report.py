@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vbench.record import EXCUSED, Outcome, Record
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from vbench.judge import ClaimVerdict
+    from vbench.roofline import Attained
 
 LAST_SCREEN_LINES = 15
 
@@ -33,8 +34,15 @@ _COLUMNS = ["hash", "kind", "suite", "backend", "case", "outcome", "reason", "er
 _COLUMNS += ["prepare_s", "compile_s", "steady_launch_s", "peak_bytes", "peak_device_bytes"]
 
 
-def frame(records: Iterable[Record]) -> DataFrame:
-    """One row a record, for tables, CSV and further analysis."""
+#: What a record's median in seconds attains of the machine's ceilings.
+Attainer = Callable[[Record, float], "Attained | None"]
+
+
+def frame(records: Iterable[Record], attained: Attainer | None = None) -> DataFrame:
+    """One row a record, for tables, CSV and further analysis.
+
+    With ``attained`` a timed row has the quantity's floor in seconds and the fractions it reaches of it.
+    """
     import pandas as pd
 
     rows = []
@@ -54,6 +62,12 @@ def frame(records: Iterable[Record]) -> DataFrame:
         row |= {"peak_bytes": r.peak_bytes, "peak_device_bytes": r.peak_device_bytes}
         for m in r.measurements:
             row[f"{m.quantity}_s"] = m.median_s
+        # Graph first: of the three quantities it is the kernel's own time.
+        first = min(r.measurements, key=lambda m: ("graph", "cold", "wall").index(m.quantity), default=None)
+        reached = attained(r, first.median_s) if attained is not None and first is not None else None
+        if reached is not None:
+            row |= {"floor_s": reached.floor_s, "of measured": reached.of_measured}
+            row["of datasheet"] = reached.of_datasheet
         rows.append(row)
     return pd.DataFrame(rows, columns=None if rows else _COLUMNS)
 
@@ -109,16 +123,25 @@ def compiled(records: Sequence[Record]) -> DataFrame:
     return pd.DataFrame(rows)
 
 
-def timings(records: Sequence[Record]) -> DataFrame:
-    """Timed cases x backend: median seconds per launch."""
+def timings(records: Sequence[Record], attained: Attainer | None = None) -> DataFrame:
+    """Timed cases x backend: median seconds per launch; with ``attained`` also the part of the measured ceiling
+    (``of datasheet`` where no ceiling was measured)."""
     import pandas as pd
 
     rows: dict[str, dict[str, Any]] = {}
     for r in records:
         for m in r.measurements:
             mark = "" if r.outcome is Outcome.PASSED else " (wrong)"
-            rows.setdefault(f"{r.case} {m.quantity}", {})[r.who] = si(m.median_s, "s") + mark
+            reached = attained(r, m.median_s) if attained is not None else None
+            part = "" if reached is None else f", {_percent(reached)}"
+            rows.setdefault(f"{r.case} {m.quantity}", {})[r.who] = si(m.median_s, "s") + part + mark
     return pd.DataFrame([{"case": case, **cells} for case, cells in rows.items()])
+
+
+def _percent(reached: Attained) -> str:
+    if reached.of_measured is not None:
+        return f"{100 * reached.of_measured:.0f} % of measured"
+    return f"{100 * (reached.of_datasheet or 0):.0f} % of datasheet"
 
 
 def _count_line(records: Sequence[Record]) -> str:

@@ -53,10 +53,18 @@ class Failure:
 class WorkerProcess:
     """A worker, started on first use and again after it died."""
 
-    def __init__(self, info: BackendInfo | None, place: Place, log: Path, threads: int) -> None:
+    def __init__(
+        self,
+        info: BackendInfo | None,
+        place: Place,
+        log: Path,
+        threads: int,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self._name = BATTERY if info is None else info.name
         self._distribution = OWN_DISTRIBUTION if info is None else info.distribution
         self._extra = {} if info is None else dict(info.environment.get(place, {}))
+        self._extra |= variables or {}
         self._place = place
         self._log = log
         self._threads = threads

@@ -6,16 +6,18 @@ import contextlib
 import datetime
 import fcntl
 import json
+import math
 import os
 import secrets
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vbench.errors import DataError
-from vbench.record import Record
+from vbench.record import Outcome, Record
 
 RECORDS = "records.jsonl"
 STARTED = "started.jsonl"
@@ -182,28 +184,39 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return body
 
 
+def _files(path: Path) -> list[Path]:
+    """A JSONL file, a run's file of records, or every ``*.jsonl`` below a folder (sorted by path)."""
+    if path.is_dir():
+        if (path / RECORDS).is_file():
+            return [path / RECORDS]
+        return [p for p in sorted(path.rglob("*.jsonl")) if p.name != STARTED]
+    if path.is_file():
+        return [path]
+    raise DataError(f"{path}: no such file or folder of records")
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read as UTF-8 text ({error})") from None
+
+
+def _add(records: dict[str, Record], record: Record, where: str) -> None:
+    if record.id in records:
+        raise DataError(f"{where}: id {record.id} occurs twice; a job leaves one record a run")
+    records[record.id] = record
+
+
 def read_records(path: Path) -> list[Record]:
     """Records of a JSONL file, a run's folder, or every ``*.jsonl`` below a folder (sorted by path).
 
     Raises:
         DataError: nothing there, or a line that is no record (file, line and rule named), or an id seen twice.
     """
-    if path.is_dir():
-        files = (
-            [path / RECORDS]
-            if (path / RECORDS).is_file()
-            else [p for p in sorted(path.rglob("*.jsonl")) if p.name != STARTED]
-        )
-    elif path.is_file():
-        files = [path]
-    else:
-        raise DataError(f"{path}: no such file or folder of records")
     records: dict[str, Record] = {}
-    for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file}: cannot be read as UTF-8 text ({error})") from None
+    for file in _files(path):
+        text = _text(file)
         for number, line in enumerate(text.splitlines(), start=1):
             if not line.strip():
                 continue
@@ -213,10 +226,59 @@ def read_records(path: Path) -> list[Record]:
                 if text.endswith("\n") or number < text.count("\n") + 1:
                     raise
                 raise DataError(f"{error}; the run was cut off here: vbench run --resume {file.parent}") from None
-            if record.id in records:
-                raise DataError(f"{file}:{number}: id {record.id} occurs twice; a job leaves one record a run")
-            records[record.id] = record
+            _add(records, record, f"{file}:{number}")
     return list(records.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What ``load_records`` could read.
+
+    Args:
+        records: a record whose times cannot be (zero, negative, infinite, not a number) is here without them, as
+            INVALID(impossible_time).
+        torn: ``file:line: why`` for each line that is not whole JSON.
+    """
+
+    records: tuple[Record, ...]
+    torn: tuple[str, ...] = ()
+
+
+def load_records(path: Path) -> Loaded:
+    """As ``read_records``, but half-written lines are named and the rest kept, and impossible times make a record.
+
+    Raises:
+        DataError: nothing there, whole JSON that is no record, or an id seen twice.
+    """
+    records: dict[str, Record] = {}
+    torn: list[str] = []
+    for file in _files(path):
+        for number, line in enumerate(_text(file).splitlines(), start=1):
+            where = f"{file}:{number}"
+            if not line.strip():
+                continue
+            try:
+                body = json.loads(line)
+            except json.JSONDecodeError as error:
+                torn.append(f"{where}: not whole JSON ({error.msg} at column {error.colno})")
+                continue
+            impossible = _impossible_time(body)
+            if impossible:
+                kept = {**body, "measurements": [], "outcome": Outcome.INVALID.value, "reason": "impossible_time"}
+                line = json.dumps({**kept, "detail": impossible})
+            _add(records, Record.from_json(line, where), where)
+    return Loaded(tuple(records.values()), tuple(torn))
+
+
+def _impossible_time(body: Any) -> str:
+    """Which sample of a parsed record is no time, in words; ``""`` if each is, or if this is no record at all."""
+    measurements = body.get("measurements") if isinstance(body, dict) else None
+    for measured in measurements if isinstance(measurements, list) else ():
+        samples = measured.get("samples_s") if isinstance(measured, dict) else None
+        for i, sample in enumerate(samples if isinstance(samples, list) else ()):
+            if isinstance(sample, float | int) and not (math.isfinite(sample) and sample > 0):
+                return f"{measured.get('quantity')} sample {i} is {sample} s"
+    return ""
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:

@@ -1,7 +1,8 @@
-"""Quantiles of Student's t, and the interval they give for a median of few replicates. Standard library only."""
+"""The incomplete beta function, and what follows from it: Student's t and its quantiles. Standard library only."""
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -28,19 +29,24 @@ def _beta_fraction(a: float, b: float, x: float) -> float:
     raise ArithmeticError(f"incomplete beta({a}, {b}, {x}) does not converge")
 
 
-def upper_tail(t: float, df: int) -> float:
-    """P(T > t) for t >= 0 and ``df`` degrees of freedom."""
-    a, b = df / 2, 0.5
-    x = df / (df + t * t)
-    if x == 1.0:
-        return 0.5
+def incomplete_beta(a: float, b: float, x: float) -> float:
+    """The regularised incomplete beta function I_x(a, b): P(X <= x) for X of the beta distribution, 0 <= x <= 1."""
+    if x <= 0.0 or x >= 1.0:
+        return 0.0 if x <= 0.0 else 1.0
     front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
     # The fraction converges fast below the mean of the beta distribution, else its mirror does.
     if x < (a + 1) / (a + b + 2):
-        return front * _beta_fraction(a, b, x) / a / 2
-    return (1 - front * _beta_fraction(b, a, 1 - x) / b) / 2
+        return front * _beta_fraction(a, b, x) / a
+    return 1 - front * _beta_fraction(b, a, 1 - x) / b
 
 
+def upper_tail(t: float, df: int) -> float:
+    """P(T > t) for ``df`` degrees of freedom."""
+    half = incomplete_beta(df / 2, 0.5, df / (df + t * t)) / 2
+    return half if t >= 0 else 1 - half
+
+
+@functools.lru_cache(maxsize=4096)
 def quantile(two_sided: float, df: int) -> float:
     """The t with P(|T| <= t) = ``two_sided``, 0 < two_sided < 1, df >= 1."""
     if not 0 < two_sided < 1 or df < 1:

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+from vbench.intervals import median_interval
 from vbench.monitor import Monitor, NoMonitor
-from vbench.record import DeviceState, Measurement
+from vbench.record import DeviceState, Measurement, Quantity
 
 #: Distinct buffers must exceed the L2 cache by this factor, so that no launch finds its operands there.
 ROTATION_OVER_L2 = 4
 MAX_COPIES = 64
 #: A graph replay should last at least this long, so that event resolution (about 0.5 us) is below 0.1 %.
 MIN_REPLAY_S = 1e-3
+MAX_REPEATS = 200
 GRAPH_SAMPLES = 40
 GRAPH_LIMIT_S = 1.5
 WALL_SAMPLES = 15
@@ -27,6 +29,9 @@ WALL_LIMIT_S = 4.0
 COLD_SAMPLES = 20
 COLD_LIMIT_S = 1.5
 EMPTY_SAMPLES = 5
+#: Sampling ends once half the median's 95 % interval is this part of the median: a fifth of the least change of
+#: interest (1 %), so that what differs between processes, not within one, is left to be measured.
+TARGET_HALF_WIDTH = 0.002
 #: Samples between two readings of the GPU's state; a reading takes a few milliseconds, in which the GPU idles.
 BLOCK = 10
 #: Bytes written, and then as many others read, before each cold sample, in units of the L2 cache's size.
@@ -80,6 +85,7 @@ def take_blocks(
     least: int,
     limit_s: float,
     warm: Callable[[], object] | None = None,
+    target: float | None = None,
     clock: Callable[[], float] = perf_counter,
 ) -> Samples:
     """Take samples in blocks of BLOCK and read the GPU's state before the first block and after each.
@@ -89,6 +95,7 @@ def take_blocks(
         count, least, limit_s: at most ``count``; no more once ``limit_s`` of sampling has passed and there are
             ``least``. Reading the state does not count as sampling.
         warm: run once, untimed, after each reading that is followed by a block, since the GPU idled meanwhile.
+        target: relative half-width of the median's interval at which a block is the last (``stopped`` "interval").
     """
     samples: list[float] = []
     states: list[DeviceState] = []
@@ -111,12 +118,51 @@ def take_blocks(
                 break
         spent += clock() - began
         observe()
+        if target is not None and stopped == "count" and least <= len(samples) < count:
+            known = median_interval(samples)
+            if known is not None and known.relative_half_width <= target:
+                stopped = "interval"
     absent = monitor.reason if isinstance(monitor, NoMonitor) else ""
     return Samples(tuple(samples), tuple(states), absent, stopped)
 
 
-def time_graph(launches: Sequence[Callable[[], Any]], rotated_bytes: int, monitor: Monitor | NoMonitor) -> Measurement:
-    """Seconds per launch by replaying a CUDA graph that runs every launch in turn, repeated up to MIN_REPLAY_S."""
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """How one quantity of one bound kernel is sampled.
+
+    Args:
+        quantity: what it is.
+        launches: how many launches one sample averages over.
+        sample: takes one, seconds a launch.
+        warm: runs once what a sample runs, untimed.
+    """
+
+    quantity: Quantity
+    launches: int
+    sample: Callable[[], float]
+    warm: Callable[[], object]
+
+
+def launches_of(estimate_s: float, least_s: float, multiple: int, most: int) -> int:
+    """Launches in one sample, a multiple of ``multiple``, so that it lasts ``least_s``; at most about ``most``."""
+    wanted = least_s / max(estimate_s, 1e-9)
+    return max(1, min(int(wanted / multiple) + 1, max(1, most // multiple))) * multiple
+
+
+def extra_launches(launches: int, slowdown: float) -> int:
+    """Launches to add, untold, to a sample of ``launches`` so that it takes 1 + ``slowdown`` times as long.
+
+    Raises:
+        ValueError: the slowdown is no whole number of launches.
+    """
+    extra = round(launches * slowdown)
+    if abs(extra - launches * slowdown) > 1e-6 * launches:
+        raise ValueError(f"{launches} launches cannot be slowed by {slowdown}")
+    return extra
+
+
+def graph_estimate_s(launches: Sequence[Callable[[], Any]]) -> float:
+    """Seconds of one launch, roughly: all of them once after a warm-up, by events, on a side stream."""
     import torch
 
     stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -132,17 +178,26 @@ def time_graph(launches: Sequence[Callable[[], Any]], rotated_bytes: int, monito
             launch()
         end.record(stream)
         stream.synchronize()
-    estimate_s = max(start.elapsed_time(end) * 1e-3, 1e-7)
-    repeats = max(1, min(200, int(MIN_REPLAY_S / estimate_s) + 1))
+    return max(float(start.elapsed_time(end)) * 1e-3, 1e-7) / len(launches)
+
+
+def graph_sampler(launches: Sequence[Callable[[], Any]], count: int, slowdown: float = 0.0) -> Sampler:
+    """Replay of a CUDA graph of ``count`` launches in turn, seconds a launch.
+
+    Args:
+        slowdown: a known part of the launches is added and not counted, see ``extra_launches``.
+    """
+    import torch
+
+    total = count + extra_launches(count, slowdown)
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     graph = torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.graph(graph, stream=stream):
-        for _ in range(repeats):
-            for launch in launches:
-                launch()
-    count = repeats * len(launches)
-    for _ in range(3):
-        graph.replay()
-    torch.cuda.synchronize()
+        for i in range(total):
+            launches[i % len(launches)]()
 
     def sample() -> float:
         start.record()
@@ -151,42 +206,77 @@ def time_graph(launches: Sequence[Callable[[], Any]], rotated_bytes: int, monito
         end.synchronize()
         return float(start.elapsed_time(end)) * 1e-3 / count
 
+    return Sampler("graph", count, sample, lambda: graph.replay())
+
+
+def rotating_sampler(launches: Sequence[Callable[[], Any]]) -> Sampler:
+    """Replay of a CUDA graph that runs every launch in turn, repeated until a replay lasts MIN_REPLAY_S."""
+    most = MAX_REPEATS * len(launches)
+    return graph_sampler(launches, launches_of(graph_estimate_s(launches), MIN_REPLAY_S, len(launches), most))
+
+
+def time_graph(sampler: Sampler, rotated_bytes: int, monitor: Monitor | NoMonitor) -> Measurement:
+    """Seconds per launch by a graph's replays, until the median is known to TARGET_HALF_WIDTH or the limits are met."""
+    import torch
+
+    for _ in range(3):
+        sampler.warm()
+    torch.cuda.synchronize()
     taken = take_blocks(
-        sample, monitor, count=GRAPH_SAMPLES, least=5, limit_s=GRAPH_LIMIT_S, warm=lambda: graph.replay()
+        sampler.sample,
+        monitor,
+        count=GRAPH_SAMPLES,
+        least=5,
+        limit_s=GRAPH_LIMIT_S,
+        warm=sampler.warm,
+        target=TARGET_HALF_WIDTH,
     )
+    return measurement(sampler, taken, rotated_bytes)
+
+
+def measurement(sampler: Sampler, taken: Samples, rotated_bytes: int = 0, blocks: tuple[int, ...] = ()) -> Measurement:
+    """What a sampler's samples make."""
     return Measurement(
-        quantity="graph",
+        quantity=sampler.quantity,
         samples_s=taken.samples_s,
-        launches_per_sample=count,
+        launches_per_sample=sampler.launches,
         rotated_bytes=rotated_bytes,
         clock_hz=taken.clock_hz,
         stopped=taken.stopped,
         states=taken.states,
         states_absent=taken.states_absent,
+        blocks=blocks,
     )
+
+
+def wall_sampler(
+    launch: Callable[[], Any], synchronize: Callable[[], None], count: int = 1, slowdown: float = 0.0
+) -> Sampler:
+    """Wall clock from before ``count`` launches to after synchronising, seconds a launch; ``slowdown`` as above."""
+    total = count + extra_launches(count, slowdown)
+
+    def run() -> None:
+        for _ in range(total):
+            launch()
+        synchronize()
+
+    def sample() -> float:
+        before = perf_counter()
+        run()
+        return (perf_counter() - before) / count
+
+    return Sampler("wall", count, sample, run)
 
 
 def time_wall(launch: Callable[[], Any], synchronize: Callable[[], None], monitor: Monitor | NoMonitor) -> Measurement:
     """Seconds from before the launch to after synchronising, one launch a sample, two warm-ups."""
+    sampler = wall_sampler(launch, synchronize)
     for _ in range(2):
-        launch()
-    synchronize()
-
-    def sample() -> float:
-        before = perf_counter()
-        launch()
-        synchronize()
-        return perf_counter() - before
-
-    taken = take_blocks(sample, monitor, count=WALL_SAMPLES, least=3, limit_s=WALL_LIMIT_S)
-    return Measurement(
-        quantity="wall",
-        samples_s=taken.samples_s,
-        clock_hz=taken.clock_hz,
-        stopped=taken.stopped,
-        states=taken.states,
-        states_absent=taken.states_absent,
+        sampler.warm()
+    taken = take_blocks(
+        sampler.sample, monitor, count=WALL_SAMPLES, least=3, limit_s=WALL_LIMIT_S, target=TARGET_HALF_WIDTH
     )
+    return measurement(sampler, taken)
 
 
 class ColdClock:
@@ -297,7 +387,14 @@ def time_cold(launch: Callable[[], Any], l2_bytes: int, monitor: Monitor | NoMon
     )
     empty = tuple(clock.sample(lambda: None) for _ in range(EMPTY_SAMPLES))
     clock.late = 0
-    taken = take_blocks(lambda: clock.sample(launch), monitor, count=COLD_SAMPLES, least=5, limit_s=COLD_LIMIT_S)
+    taken = take_blocks(
+        lambda: clock.sample(launch),
+        monitor,
+        count=COLD_SAMPLES,
+        least=5,
+        limit_s=COLD_LIMIT_S,
+        target=TARGET_HALF_WIDTH,
+    )
     return Measurement(
         quantity="cold",
         samples_s=taken.samples_s,

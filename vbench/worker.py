@@ -18,13 +18,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from vbench import check, environment, gate, machine_code, registry, sources, timing
+from vbench import blocks, check, environment, gate, machine_code, registry, sources, timing
 from vbench.backend import Configuration, Device, Kernel, Place
 from vbench.errors import CaseError, Unsupported
 from vbench.monitor import Monitor, NoMonitor, open_monitor, peak_while
 from vbench.plan import BATTERY
 from vbench.record import Measurement, Outcome
-from vbench.roofline import floor_s
+from vbench.roofline import case_floor_s
 from vbench.spec import Case, Expected, Numerics, Op, resolve
 
 #: Rows of a timed case compared with the oracle; check cases are compared whole.
@@ -70,6 +70,7 @@ class Worker:
                 raise SystemExit(f"{self.info.problem}: {self.info.detail}")
         self._available: Any = None
         self._monitor: Monitor | NoMonitor | None = None
+        self._open: blocks.OpenCell | None = None
         self._configurations: dict[str, Configuration] | None = None
 
     # -- set-up of a job ---------------------------------------------------------------------------------------------
@@ -102,6 +103,11 @@ class Worker:
             return self.probe()
         if kind == "compile":
             return self.compile(request["case"])
+        if kind in ("arm", "block", "close"):
+            cell = self._open
+            if kind == "close":
+                self._open = None
+            return Result(**blocks.answer(cell, request))
         op, case = self._case(request["op"], request["case"])
         rejected = op.reject(case)
         if rejected is not None:
@@ -112,9 +118,12 @@ class Worker:
         if not available.usable:
             return Result(Outcome.UNAVAILABLE, "not_usable", available.reason)
         factory = resolve(self.backend.ops[op.name])
-        kernel: Kernel = factory(case, request["variant"], self.device)
+        kernel: Kernel = factory(case, request["variant"], self.device, **request.get("options", {}))
         digest = sources.job_digest(self.backend.ops[op.name], op.oracle, op.inputs)
-        result = self._measure(op, case, kernel, timed=kind == "time", role=request["role"])
+        if kind == "open":
+            result = self.open(op, case, kernel, request["rows"])
+        else:
+            result = self._measure(op, case, kernel, timed=kind == "time", role=request["role"])
         result.numerics = asdict(kernel.numerics)
         result.sources = digest
         return result
@@ -144,6 +153,23 @@ class Worker:
         return Result(
             judged.outcome, judged.reason, judged.detail, metrics=judged.metrics, prepare_s=prepare_s, sources=digest
         )
+
+    def open(self, op: Op, case: Case, kernel: Kernel, rows: int) -> Result:
+        """Bind a case for blocks of samples, and compare ``rows`` sampled rows of its first output."""
+        self._open = None
+        if self.device == "cuda":
+            import torch
+
+            # What the allocator keeps of the last case would be missing to the other side of the pair.
+            torch.cuda.empty_cache()
+        began = time.perf_counter()
+        cell = blocks.OpenCell(op, case, kernel, self.device, rows, self.monitor(), self._synchronize)
+        judged = cell.verify()
+        assert judged is not None, "nothing was sampled yet"
+        result = Result(judged.outcome, judged.reason, judged.detail, prepare_s=time.perf_counter() - began)
+        result.error = asdict(judged.error) if judged.error is not None else None
+        self._open = cell
+        return result
 
     def battery(self, op: Op, case: Case) -> Result:
         """The trivial kernels must fail this case's comparison, with the widest budget an own kernel may claim."""
@@ -240,10 +266,7 @@ class Worker:
         if self.device == "cuda":
             import torch
 
-            moved = op.bytes(case) if op.bytes else 0
-            work = op.flops(case) if op.flops else 0
-            fetched = op.host_bytes(case) if op.host_bytes else 0
-            floor = floor_s(torch.cuda.get_device_name(0), moved, work, fetched, op.operands)
+            floor = case_floor_s(torch.cuda.get_device_name(0), op, case)
             fastest = min(taken, key=lambda m: min(m.samples_s))
             least_s = min(fastest.samples_s)
             if least_s < floor:
@@ -264,29 +287,16 @@ class Worker:
     def _time_rotated(
         self, kernel: Kernel, inputs: dict[str, Any], expected: dict[str, Expected], result: Result
     ) -> Measurement:
-        """Graph replay over copies of all buffers that together exceed L2; a random copy's output is verified after."""
+        """Graph replay over copies of all buffers that together exceed L2; verified by one more replay after."""
         import torch
 
-        size = sum(t.numel() * t.element_size() for t in check.tensors_of(inputs))
-        outputs_size = sum(torch.Size(w.shape).numel() * w.dtype.itemsize for w in expected.values())
         free_bytes, _ = torch.cuda.mem_get_info()
-        l2 = torch.cuda.get_device_properties(0).L2_cache_size
-        copies = timing.copies_needed(size + outputs_size, l2, free_bytes)
-        bound = []
-        for _ in range(copies):
-            some = {k: check.copied(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-            out = check.poisoned(expected, self.device)
-            bound.append((some, out, kernel.bind(some, out)))
-        measured = timing.time_graph([b[2] for b in bound], copies * (size + outputs_size), self.monitor())
-        pick = int.from_bytes(os.urandom(2), "little") % copies
-        _, out, launch = bound[pick]
-        written = out if launch() is None else None
-        torch.cuda.synchronize()
-        if written is not None:
-            after = check.judge_outputs(written, expected, kernel.produces)
-            if after.outcome is not Outcome.PASSED and result.outcome is Outcome.PASSED:
-                result.outcome, result.reason = after.outcome, "after_timing"
-                result.detail = f"copy {pick}: {after.detail}"
+        bound = blocks.Rotated(kernel, inputs, expected, self.device, free_bytes)
+        sampler = timing.rotating_sampler(bound.launches)
+        measured = timing.time_graph(sampler, bound.rotated_bytes, self.monitor())
+        after = bound.verify(self._synchronize, sampler)
+        if after is not None and after.outcome is not Outcome.PASSED and result.outcome is Outcome.PASSED:
+            result.outcome, result.reason, result.detail = after.outcome, "after_timing", after.detail
         return measured
 
     # -- device ------------------------------------------------------------------------------------------------------

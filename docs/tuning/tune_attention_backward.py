@@ -168,8 +168,9 @@ def make_inputs(case: Any, seed: int) -> dict[str, Any]:
 
 
 def label(tile: Any) -> str:
-    deterministic, block_m, q_stages, consumers, dk_first = tile
-    return f"{'det' if deterministic else ''}{block_m}c{consumers}{'k' if dk_first else ''}q{q_stages}"
+    deterministic, block_m, q_stages, consumers, *switches = tile
+    letters = "".join(letter for letter, on in zip("efr", switches, strict=True) if on)
+    return f"{'det' if deterministic else ''}{block_m}c{consumers}q{q_stages}{letters}"
 
 
 def time_cell(d: int, causal: str, length: int, tiles: list[Any], rounds: int) -> dict[str, Any]:
@@ -202,6 +203,8 @@ def time_cell(d: int, causal: str, length: int, tiles: list[Any], rounds: int) -
     kept.append([plain.bind(inputs, out) for inputs, out in zip(sets, outs, strict=True)])
     graphs["plain"] = graph_of(kept[-1], repeats)
     for tile in tiles:
+        if causal != "none" and tile[-1]:
+            continue  # no walk is rotated under a mask: the same kernel as without
         bound = [bind(case, inputs, out, tile) for inputs, out in zip(sets, outs, strict=True)]
         kept.append(bound)
         launches = [lambda parts=parts: [part() for part in parts] for parts in bound]

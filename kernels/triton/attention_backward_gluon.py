@@ -8,18 +8,14 @@ takes as its left operand:
     S^T = K Q^T      P^T = exp2(S^T c - lse2)      dV += P^T dO
     dP^T = V dO^T    dS^T = P^T (dP^T - delta)     dK += dS^T Q      dQ += dS K
 
-Only dQ needs dS transposed; it goes through shared memory, and the product of one tile is added to a float32 workspace
-by the copy engine (a bulk reduction in the L2 cache). Tiles of different programs meet there in any order: dQ's last
-bits change from run to run. Without COMPUTE_DQ that part falls away; attention_backward_gluon_dq.py then makes dQ.
+Here stand what all walks share, and one of eight warps in step that makes dK and dV alone, for the deterministic
+variant (dQ: attention_backward_gluon_dq.py). The walk with dQ is attention_backward_gluon_pair.py.
 
-wgmma groups retire in the order of issue. A step goes from dS(j) to dS(j + 1) and issues dQ(j), dK(j), S(j + 1),
-dP(j + 1), dV(j + 1): the trip of dQ(j) through shared memory runs under dK(j) and S(j + 1), the exponentials under
-dP(j + 1), the differences under dV(j + 1). Nothing is in flight where the loop closes. ptxas runs all wgmma of a kernel
-one by one (its notes C7510 to C7515) where a result in flight around the loop is read, where an accumulator is written
-by anything but wgmma, or where registers are short; the order, and ``_opaque_zero``, are what keeps it from that.
-
-SPECIALISED: a producer partition issues the copies, and 8 warps of 240 registers consume. Otherwise the same 8 warps
-do both, which needs no barrier but those of the copies themselves.
+wgmma groups retire in the order of issue. A step goes from dS(j) to dS(j + 1) and issues dK(j) (and dQ(j)), S(j + 1),
+dP(j + 1), dV(j + 1): the exponentials run under dP(j + 1), the differences under dV(j + 1). Nothing is in flight where
+the loop closes. ptxas runs all wgmma of a kernel one by one (its notes C7510 to C7515) where a result in flight around
+the loop is read, where an accumulator is written by anything but wgmma, or where registers are short; the order, and
+``_opaque_zero``, are what keeps it from that.
 
 lse2 is +inf for rows of padding and rows that see no key, which makes their P zero; so only the keys' end and the
 diagonal need a mask. The scale enters dK at the end, and dQ when it is rounded.
@@ -117,27 +113,6 @@ def _next(head, block, first, end):
 
 
 @gluon.jit
-def _produce(
-    q_desc, k_desc, v_desc, do_desc, stats_desc, q_smem, kv_smem, do_smem, stats_smem,
-    k_full, v_full, q_full, q_empty, do_full, do_empty,
-    batch, kv_head, first_key, first, tiles, hq, per_kv,
-    BLOCK_M: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-):  # fmt: skip
-    """Everything the consumer reads, in the order it reads it."""
-    _load_kv(k_desc, kv_smem.index(0), k_full, batch, kv_head, first_key)
-    head = kv_head * per_kv
-    block = first
-    for j in range(per_kv * tiles):
-        mbarrier.wait(q_empty.index(j % Q_STAGES), ((j // Q_STAGES) & 1) ^ 1)
-        _load_q(q_desc, q_smem, q_full, j, batch, head, block, BLOCK_M, Q_STAGES, True)
-        if j == 0:
-            _load_kv(v_desc, kv_smem.index(1), v_full, batch, kv_head, first_key)
-        mbarrier.wait(do_empty.index(j % DO_STAGES), ((j // DO_STAGES) & 1) ^ 1)
-        _load_do(do_desc, stats_desc, do_smem, stats_smem, do_full, j, batch, head, hq, block, BLOCK_M, DO_STAGES, True)
-        head, block = _next(head, block, first, first + tiles)
-
-
-@gluon.jit
 def _opaque_zero(j):
     """0, without the compiler knowing. Addresses that depend on it are not worked out before the loop and kept, one
     register pair a wgmma."""
@@ -167,7 +142,7 @@ def _weigh(
     j, s, dv, first_query, v, do_smem, stats_smem, do_full, exponent_scale, first_key, sk, shift,
     D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, KV_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """From S^T(j) in flight to dS^T(j), float32, and dV(j) added."""
+    """From S^T(j) in flight to dS^T(j), float32, and dV(j) in flight."""
     layout: gl.constexpr = s.type.tensor_type.layout
     columns: gl.constexpr = gl.SliceLayout(0, layout)
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=KV_LAYOUT, k_width=2)
@@ -197,107 +172,106 @@ def _weigh(
     dv = warpgroup_mma(gl.convert_layout(p.to(dtype), P_LAYOUT), do, dv, is_async=True)
     dp = warpgroup_mma_wait(num_outstanding=1, deps=[dp])
     delta = stats.index(1).load(columns)
-    ds = p * (dp - delta[None, :])
-    # The weights of dV must not stay in use around the loop: ptxas finds no registers for that.
-    dv = warpgroup_mma_wait(num_outstanding=0, deps=[dv])
-    return ds, warpgroup_mma_init(dv)
+    return p * (dp - delta[None, :]), dv
 
 
 @gluon.jit
-def _issue_gradients(
-    j, ds, dk, k, q_smem, ds_smem,
-    D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, COMPUTE_DQ: gl.constexpr,
-    KV_LAYOUT: gl.constexpr, DQ_LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """dQ(j) and dK(j) in flight, in this order. Every thread passes a barrier in here."""
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=KV_LAYOUT, k_width=2)
-    ds = ds.to(q_smem.dtype)
-    dq = warpgroup_mma_init(gl.zeros([BLOCK_M, D], gl.float32, DQ_LAYOUT))
-    if COMPUTE_DQ:
-        ds_smem.store(ds)
-        fence_async_shared()
-        # The copy engine has read the last dQ; with the barrier every thread knows, and knows that dS is written.
-        tma.store_wait(pendings=0)
-        partition_barrier()
-        zeros = gl.zeros([BLOCK_M, D], gl.float32, DQ_LAYOUT)
-        dq = warpgroup_mma(ds_smem.permute((1, 0)), k, zeros, use_acc=False, is_async=True)
+def _issue_dk(j, ds, dk, q_smem, D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr):
+    """dK(j) in flight."""
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=2)
     q = _tile(q_smem, j % STAGES, BLOCK_M, D)
-    dk = warpgroup_mma(gl.convert_layout(ds, P_LAYOUT), q, dk, is_async=True)
-    return dq, dk
-
-
-@gluon.jit
-def _add_dq(dq, outstanding: gl.constexpr, row, dq_desc, dq_smem, COMPUTE_DQ: gl.constexpr):
-    """dQ of a tile to the workspace; ``outstanding`` groups were issued after it. Every thread passes a barrier after
-    dQ, and what was issued before it, is done."""
-    dq = warpgroup_mma_wait(num_outstanding=outstanding, deps=[dq])
-    if COMPUTE_DQ:
-        dq_smem.store(dq)
-        fence_async_shared()
-        partition_barrier()
-        _reduce_add(dq_desc, [row, 0], dq_smem)
-    else:
-        partition_barrier()
+    return warpgroup_mma(gl.convert_layout(ds.to(q_smem.dtype), P_LAYOUT), q, dk, is_async=True)
 
 
 @gluon.jit
 def _step(
-    j, total, head, block, ds, dk, dv,
-    q_desc, do_desc, stats_desc, dq_desc, q_smem, kv_smem, do_smem, stats_smem, ds_smem, dq_smem,
-    q_full, q_empty, do_full, do_empty,
-    exponent_scale, batch, first_key, first, tiles, hq, sk, sq_padded, shift,
+    j, total, head, block, ds, dk, dv, q_desc, do_desc, stats_desc, q_smem, kv_smem, do_smem, stats_smem,
+    q_full, do_full, exponent_scale, batch, first_key, first, tiles, hq, sk, shift,
     D: gl.constexpr, BLOCK_M: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    COMPUTE_DQ: gl.constexpr, SPECIALISED: gl.constexpr,
-    S_LAYOUT: gl.constexpr, KV_LAYOUT: gl.constexpr, DQ_LAYOUT: gl.constexpr,
+    S_LAYOUT: gl.constexpr, KV_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """From dS^T(j) to dS^T(j + 1)."""
     zero = _opaque_zero(j)
     k = _tile(kv_smem, zero, BLOCK_N, D)
     v = _tile(kv_smem, zero + 1, BLOCK_N, D)
-    dq, dk = _issue_gradients(j, ds, dk, k, q_smem, ds_smem, D, BLOCK_M, Q_STAGES, COMPUTE_DQ, KV_LAYOUT, DQ_LAYOUT)
+    dk = _issue_dk(j, ds, dk, q_smem, D, BLOCK_M, Q_STAGES, KV_LAYOUT)
     s = _issue_scores(j + 1, k, q_smem, q_full, S_LAYOUT, D, BLOCK_M, Q_STAGES)
-    _add_dq(dq, 2, (batch * hq + head) * sq_padded + block * BLOCK_M, dq_desc, dq_smem, COMPUTE_DQ)
+    partition_barrier()
     # Every thread has passed a barrier since dV(j), and since the last step's S(j), hence dK(j - 1), were done.
     head, block = _next(head, block, first, first + tiles)
-    if SPECIALISED:
-        if j > 0:
-            mbarrier.arrive(q_empty.index((j - 1) % Q_STAGES), count=1)
-        mbarrier.arrive(do_empty.index(j % DO_STAGES), count=1)
-    else:
-        wanted = j + 2 < total
-        ahead_head, ahead_block = _next(head, block, first, first + tiles)
-        _load_q(q_desc, q_smem, q_full, j + 2, batch, ahead_head, ahead_block, BLOCK_M, Q_STAGES, wanted)
-        _load_do(
-            do_desc, stats_desc, do_smem, stats_smem, do_full, j + 2, batch, ahead_head, hq, ahead_block,
-            BLOCK_M, DO_STAGES, wanted,
-        )  # fmt: skip
+    wanted = j + 2 < total
+    ahead_head, ahead_block = _next(head, block, first, first + tiles)
+    _load_q(q_desc, q_smem, q_full, j + 2, batch, ahead_head, ahead_block, BLOCK_M, Q_STAGES, wanted)
+    _load_do(
+        do_desc, stats_desc, do_smem, stats_smem, do_full, j + 2, batch, ahead_head, hq, ahead_block,
+        BLOCK_M, DO_STAGES, wanted,
+    )  # fmt: skip
     ds, dv = _weigh(
         j + 1, s, dv, block * BLOCK_M, v, do_smem, stats_smem, do_full, exponent_scale, first_key, sk, shift,
         D, BLOCK_M, DO_STAGES, CAUSAL, KV_LAYOUT,
     )  # fmt: skip
+    # The weights of dV must not stay in use around the loop: ptxas finds no registers for that.
+    dv = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=0, deps=[dv]))
     return head, block, ds, dk, dv
 
 
-@gluon.jit
-def _consume(
-    q_desc, do_desc, stats_desc, dq_desc, dk_desc, dv_desc,
-    q_smem, kv_smem, do_smem, stats_smem, ds_smem, dq_smem,
-    k_full, v_full, q_full, q_empty, do_full, do_empty,
-    exponent_scale, scale, batch, kv_head, first_key, first, tiles, hq, per_kv, sk, sq_padded, shift,
-    D: gl.constexpr, BLOCK_M: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, COMPUTE_DQ: gl.constexpr, SPECIALISED: gl.constexpr,
+@gluon.jit(do_not_specialize=COUNTS)
+def attention_backward_hopper(
+    q_desc, k_desc, v_desc, do_desc, stats_desc, dk_desc, dv_desc,
+    exponent_scale, scale, hq, hk, sq, sk, sq_padded, shift,
+    D: gl.constexpr, BLOCK_M: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """Eight warps: all products of the program's tile."""
-    dtype: gl.constexpr = q_smem.dtype
+    """dK and dV of op ``attention_backward``. Grid: (key blocks * b * hk), key blocks fastest, so that programs that
+    run together read the same Q and dO, and a causal mask's long walks start first.
+
+    Args:
+        q_desc, do_desc: of [b, hq, sq, D], block [1, 1, BLOCK_M, D]. k_desc, v_desc, dk_desc, dv_desc: of
+            [b, hk, sk, D], block [1, 1, 128, D]. All 16-bit with the 128-byte swizzle.
+        stats_desc: of float32 [2, b * hq, sq_padded] (lse2, delta), block [2, 1, BLOCK_M], no swizzle.
+        exponent_scale: log2(e) * scale. shift: row i sees keys j <= i + shift when CAUSAL.
+        sq_padded: sq rounded up to BLOCK_M.
+    """
+    dtype: gl.constexpr = q_desc.dtype
+    gl.static_assert(Q_STAGES >= 3, "Q of j - 1, j and j + 1 live at once")
+    gl.static_assert(DO_STAGES == 2, "two tiles are loaded ahead")
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M, 16])
     KV_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, D, 16])
-    # The eight warps share dQ by columns where it has 64 rows, else by rows.
-    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [4, 2] if BLOCK_M == 64 else [8, 1], [16, D // 2 if BLOCK_M == 64 else D, 16]
-    )
+    q_smem = gl.allocate_shared_memory(dtype, [Q_STAGES, 1, 1, BLOCK_M, D], q_desc.layout)
+    do_smem = gl.allocate_shared_memory(dtype, [DO_STAGES, 1, 1, BLOCK_M, D], do_desc.layout)
+    kv_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, BLOCK_N, D], k_desc.layout)
+    stats_smem = gl.allocate_shared_memory(gl.float32, [DO_STAGES, 2, 1, BLOCK_M], stats_desc.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
+    do_full = gl.allocate_shared_memory(gl.int64, [DO_STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(k_full, count=1)
+    mbarrier.init(v_full, count=1)
+    for stage in gl.static_range(Q_STAGES):
+        mbarrier.init(q_full.index(stage), count=1)
+    for stage in gl.static_range(DO_STAGES):
+        mbarrier.init(do_full.index(stage), count=1)
+    fence_async_shared()
+    partition_barrier()
+
+    key_blocks = (sk + BLOCK_N - 1) // BLOCK_N
+    first_key = (gl.program_id(0) % key_blocks) * BLOCK_N
+    batch = gl.program_id(0) // key_blocks // hk
+    kv_head = gl.program_id(0) // key_blocks % hk
+    per_kv = hq // hk
+    first, tiles = _range_of_tiles(first_key, sq, shift, CAUSAL, BLOCK_M)
     # At least 1.
     total = per_kv * tiles
     head = kv_head * per_kv
+    _load_kv(k_desc, kv_smem.index(0), k_full, batch, kv_head, first_key)
+    _load_q(q_desc, q_smem, q_full, 0, batch, head, first, BLOCK_M, Q_STAGES, True)
+    _load_kv(v_desc, kv_smem.index(1), v_full, batch, kv_head, first_key)
+    _load_do(do_desc, stats_desc, do_smem, stats_smem, do_full, 0, batch, head, hq, first, BLOCK_M, DO_STAGES, True)
+    next_head, block = _next(head, first, first, first + tiles)
+    more = total > 1
+    _load_q(q_desc, q_smem, q_full, 1, batch, next_head, block, BLOCK_M, Q_STAGES, more)
+    _load_do(
+        do_desc, stats_desc, do_smem, stats_smem, do_full, 1, batch, next_head, hq, block, BLOCK_M, DO_STAGES, more
+    )  # fmt: skip
     block = first
     kv_zeros = gl.zeros([BLOCK_N, D], gl.float32, KV_LAYOUT)
     dk = warpgroup_mma_init(kv_zeros)
@@ -309,20 +283,14 @@ def _consume(
         0, s, dv, block * BLOCK_M, _tile(kv_smem, 1, BLOCK_N, D), do_smem, stats_smem, do_full,
         exponent_scale, first_key, sk, shift, D, BLOCK_M, DO_STAGES, CAUSAL, KV_LAYOUT,
     )  # fmt: skip
+    dv = warpgroup_mma_init(warpgroup_mma_wait(num_outstanding=0, deps=[dv]))
     for j in range(total - 1):
         head, block, ds, dk, dv = _step(
-            j, total, head, block, ds, dk, dv,
-            q_desc, do_desc, stats_desc, dq_desc, q_smem, kv_smem, do_smem, stats_smem, ds_smem, dq_smem,
-            q_full, q_empty, do_full, do_empty,
-            exponent_scale, batch, first_key, first, tiles, hq, sk, sq_padded, shift,
-            D, BLOCK_M, Q_STAGES, DO_STAGES, CAUSAL, COMPUTE_DQ, SPECIALISED,
-            S_LAYOUT, KV_LAYOUT, DQ_LAYOUT,
+            j, total, head, block, ds, dk, dv, q_desc, do_desc, stats_desc, q_smem, kv_smem, do_smem, stats_smem,
+            q_full, do_full, exponent_scale, batch, first_key, first, tiles, hq, sk, shift,
+            D, BLOCK_M, Q_STAGES, DO_STAGES, CAUSAL, S_LAYOUT, KV_LAYOUT,
         )  # fmt: skip
-    dq, dk = _issue_gradients(
-        total - 1, ds, dk, _tile(kv_smem, 0, BLOCK_N, D), q_smem, ds_smem,
-        D, BLOCK_M, Q_STAGES, COMPUTE_DQ, KV_LAYOUT, DQ_LAYOUT,
-    )  # fmt: skip
-    _add_dq(dq, 1, (batch * hq + head) * sq_padded + block * BLOCK_M, dq_desc, dq_smem, COMPUTE_DQ)
+    dk = _issue_dk(total - 1, ds, dk, q_smem, D, BLOCK_M, Q_STAGES, KV_LAYOUT)
     dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=[dk, dv])
     # K and V have been read for the last time by every warp: their memory takes dK and dV.
     partition_barrier()
@@ -333,92 +301,3 @@ def _consume(
     tma.async_copy_shared_to_global(dk_desc, [batch, kv_head, first_key, 0], kv_smem.index(0))
     tma.async_copy_shared_to_global(dv_desc, [batch, kv_head, first_key, 0], kv_smem.index(1))
     tma.store_wait(pendings=0)
-
-
-@gluon.jit(do_not_specialize=COUNTS)
-def attention_backward_hopper(
-    q_desc, k_desc, v_desc, do_desc, stats_desc, dq_desc, dk_desc, dv_desc,
-    exponent_scale, scale, hq, hk, sq, sk, sq_padded, shift,
-    D: gl.constexpr, BLOCK_M: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, COMPUTE_DQ: gl.constexpr, SPECIALISED: gl.constexpr,
-):  # fmt: skip
-    """dK, dV and the sums of dQ of op ``attention_backward``. Grid: (key blocks * b * hk), key blocks fastest, so that
-    programs that run together read the same Q and dO, and a causal mask's long walks start first.
-
-    Args:
-        q_desc, do_desc: of [b, hq, sq, D], block [1, 1, BLOCK_M, D]. k_desc, v_desc, dk_desc, dv_desc: of
-            [b, hk, sk, D], block [1, 1, 128, D]. All 16-bit with the 128-byte swizzle.
-        stats_desc: of float32 [2, b * hq, sq_padded] (lse2, delta), block [2, 1, BLOCK_M], no swizzle.
-        dq_desc: of float32 [b * hq * sq_padded, D], zero before the launch, block [BLOCK_M, D]. Unscaled sums.
-            Any descriptor, unused, without COMPUTE_DQ.
-        exponent_scale: log2(e) * scale. shift: row i sees keys j <= i + shift when CAUSAL.
-        sq_padded: sq rounded up to BLOCK_M.
-    """
-    dtype: gl.constexpr = q_desc.dtype
-    gl.static_assert(Q_STAGES >= 3, "Q of j - 1, j and j + 1 live at once")
-    gl.static_assert(DO_STAGES == 2, "the walk without a producer loads two tiles ahead")
-    q_smem = gl.allocate_shared_memory(dtype, [Q_STAGES, 1, 1, BLOCK_M, D], q_desc.layout)
-    do_smem = gl.allocate_shared_memory(dtype, [DO_STAGES, 1, 1, BLOCK_M, D], do_desc.layout)
-    kv_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, BLOCK_N, D], k_desc.layout)
-    stats_smem = gl.allocate_shared_memory(gl.float32, [DO_STAGES, 2, 1, BLOCK_M], stats_desc.layout)
-    if COMPUTE_DQ:
-        ds_smem = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_M], TILE_LAYOUT)
-        dq_smem = gl.allocate_shared_memory(gl.float32, [BLOCK_M, D], dq_desc.layout)
-    else:
-        ds_smem = q_smem
-        dq_smem = q_smem
-    k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
-    do_full = gl.allocate_shared_memory(gl.int64, [DO_STAGES, 1], mbarrier.MBarrierLayout())
-    do_empty = gl.allocate_shared_memory(gl.int64, [DO_STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(k_full, count=1)
-    mbarrier.init(v_full, count=1)
-    for stage in gl.static_range(Q_STAGES):
-        mbarrier.init(q_full.index(stage), count=1)
-        mbarrier.init(q_empty.index(stage), count=1)
-    for stage in gl.static_range(DO_STAGES):
-        mbarrier.init(do_full.index(stage), count=1)
-        mbarrier.init(do_empty.index(stage), count=1)
-    fence_async_shared()
-    partition_barrier()
-
-    key_blocks = (sk + BLOCK_N - 1) // BLOCK_N
-    first_key = (gl.program_id(0) % key_blocks) * BLOCK_N
-    batch = gl.program_id(0) // key_blocks // hk
-    kv_head = gl.program_id(0) // key_blocks % hk
-    per_kv = hq // hk
-    first, tiles = _range_of_tiles(first_key, sq, shift, CAUSAL, BLOCK_M)
-    if SPECIALISED:
-        gl.warp_specialize([
-            (_produce, (
-                q_desc, k_desc, v_desc, do_desc, stats_desc, q_smem, kv_smem, do_smem, stats_smem,
-                k_full, v_full, q_full, q_empty, do_full, do_empty,
-                batch, kv_head, first_key, first, tiles, hq, per_kv, BLOCK_M, Q_STAGES, DO_STAGES,
-            )),
-            (_consume, (
-                q_desc, do_desc, stats_desc, dq_desc, dk_desc, dv_desc,
-                q_smem, kv_smem, do_smem, stats_smem, ds_smem, dq_smem,
-                k_full, v_full, q_full, q_empty, do_full, do_empty,
-                exponent_scale, scale, batch, kv_head, first_key, first, tiles, hq, per_kv, sk, sq_padded, shift,
-                D, BLOCK_M, Q_STAGES, DO_STAGES, CAUSAL, COMPUTE_DQ, SPECIALISED,
-            )),
-        ], [8], [240])  # fmt: skip
-    else:
-        head = kv_head * per_kv
-        _load_kv(k_desc, kv_smem.index(0), k_full, batch, kv_head, first_key)
-        _load_q(q_desc, q_smem, q_full, 0, batch, head, first, BLOCK_M, Q_STAGES, True)
-        _load_kv(v_desc, kv_smem.index(1), v_full, batch, kv_head, first_key)
-        _load_do(do_desc, stats_desc, do_smem, stats_smem, do_full, 0, batch, head, hq, first, BLOCK_M, DO_STAGES, True)
-        head, block = _next(head, first, first, first + tiles)
-        more = per_kv * tiles > 1
-        _load_q(q_desc, q_smem, q_full, 1, batch, head, block, BLOCK_M, Q_STAGES, more)
-        _load_do(do_desc, stats_desc, do_smem, stats_smem, do_full, 1, batch, head, hq, block, BLOCK_M, DO_STAGES, more)
-        _consume(
-            q_desc, do_desc, stats_desc, dq_desc, dk_desc, dv_desc,
-            q_smem, kv_smem, do_smem, stats_smem, ds_smem, dq_smem,
-            k_full, v_full, q_full, q_empty, do_full, do_empty,
-            exponent_scale, scale, batch, kv_head, first_key, first, tiles, hq, per_kv, sk, sq_padded, shift,
-            D, BLOCK_M, Q_STAGES, DO_STAGES, CAUSAL, COMPUTE_DQ, SPECIALISED,
-        )  # fmt: skip

@@ -19,7 +19,6 @@ from vbench.spec import Numerics
 BLOCK_N, ROWS = 128, 64
 WARPS = 8
 
-
 #: Query rows of a program of the dQ kernel.
 DQ_BLOCK_M = 128
 #: (keys of a step, stages of K and of V) of the dQ kernel, by head dim. 128 keys at 128 are too many registers.
@@ -32,38 +31,34 @@ class GluonBackwardTile:
 
     Args:
         block_m: queries of a step, 64 or 128. q_stages: tiles of Q in shared memory, at least 3.
-        consumers: 0, eight warps copy and multiply; 1, a producer and a partition of eight warps; 2, a producer and two
-            partitions of four.
-        dk_first: with two consumers, see ``attention_backward_pair_hopper``.
+        consumers: 0, eight warps copy and multiply, without dQ; 2, a producer and two partitions of four.
+        early, flat, rotate: with two consumers, see attention_backward_gluon_pair.py.
     """
 
     block_m: int
     q_stages: int
     consumers: int
-    dk_first: bool = False
+    early: bool = False
+    flat: bool = False
+    rotate: bool = False
 
 
-#: Candidates by head dim, the first in use: what ptxas compiles without running every wgmma by itself. At head dim 64 a
-#: tile of 128 queries does not fit the 240 registers of one partition of consumers.
+#: Candidates by head dim, the first in use (docs/tuning/attention.md, Backward on Hopper): what ptxas compiles without
+#: running every wgmma by itself.
 TILES = {
-    64: (
-        GluonBackwardTile(128, 3, 2, True),
-        GluonBackwardTile(128, 3, 0),
-        GluonBackwardTile(64, 3, 1),
-        GluonBackwardTile(64, 3, 0),
-    ),
-    128: (
-        GluonBackwardTile(64, 3, 2, True),
-        GluonBackwardTile(64, 3, 2),
-        GluonBackwardTile(64, 3, 1),
-        GluonBackwardTile(64, 3, 0),
-    ),
+    d: tuple(
+        GluonBackwardTile(block_m, 3, 2, early=early, flat=flat, rotate=rotate)
+        for early, flat, rotate in (
+            (False, False, False),
+            (False, True, False),
+            (True, True, False),
+            (True, True, True),
+        )
+    )
+    for d, block_m in ((64, 128), (128, 64))
 }
-#: The same without dQ, for the deterministic variant.
-DETERMINISTIC_TILES = {
-    64: (GluonBackwardTile(128, 3, 0), GluonBackwardTile(64, 3, 1)),
-    128: (GluonBackwardTile(64, 3, 2), GluonBackwardTile(64, 3, 1)),
-}
+#: The same without dQ, for the deterministic variant. ptxas runs two consumers at head dim 64 one wgmma at a time.
+DETERMINISTIC_TILES = {64: (GluonBackwardTile(128, 3, 0),), 128: (GluonBackwardTile(64, 3, 2),)}
 
 
 def choose_backward(d: int, *, deterministic: bool) -> GluonBackwardTile:
@@ -140,7 +135,6 @@ class GluonBackward:
         stats = torch.empty((2, heads, padded), dtype=torch.float32, device=q.device)
         swizzled = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
         plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
-        of_sums = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
 
         def describe(tensor: Any, rows: int) -> Any:
             block = [1, 1, rows, shape.d]
@@ -152,37 +146,43 @@ class GluonBackward:
         sums, sums_desc = stats, dk_desc
         if not self.deterministic:
             sums = torch.empty((heads * padded, shape.d), dtype=torch.float32, device=q.device)
-            block = [64, 64] if tile.consumers == 2 else [tile.block_m, shape.d]
-            sums_desc = TensorDescriptor(sums, list(sums.shape), list(sums.stride()), block, of_sums)
+            walked = sums.view(-1, 128) if tile.flat else sums
+            block = [32, 128] if tile.flat else [64, 64]
+            of_sums = gl.NVMMASharedLayout(0 if tile.flat else 128, element_bitwidth=32, rank=2)
+            sums_desc = TensorDescriptor(walked, list(walked.shape), list(walked.stride()), block, of_sums)
         descriptors = (
             describe(q, tile.block_m),
             describe(inputs["k"], keys),
             describe(inputs["v"], keys),
             describe(dout, tile.block_m),
             TensorDescriptor(stats, list(stats.shape), list(stats.stride()), [2, 1, tile.block_m], plain),
-            sums_desc,
+            *((sums_desc,) if tile.consumers == 2 else ()),
             dk_desc,
             dv_desc,
         )
         scale = 1.0 / math.sqrt(shape.d)
         sizes = (shape.hq, shape.hk, shape.sq, shape.sk, padded, shape.shift)
-        arguments = (*descriptors, shape.exponent_scale, scale, *sizes)
         constants: dict[str, Any] = {
             "D": shape.d,
             "BLOCK_M": tile.block_m,
             "Q_STAGES": tile.q_stages,
             "DO_STAGES": 2,
             "CAUSAL": shape.causal != "none",
-            "COMPUTE_DQ": not self.deterministic,
         }
-        products = attention_backward_hopper
         if tile.consumers == 2:
             products = attention_backward_pair_hopper
-            constants["DK_FIRST"] = tile.dk_first
+            constants |= {
+                "COMPUTE_DQ": not self.deterministic,
+                "EARLY": tile.early,
+                "FLAT": tile.flat,
+                "ROTATE": tile.rotate,
+                # The producer's; the consumers' are asked for in the kernel.
+                "num_warps": 4,
+            }
         else:
-            constants["SPECIALISED"] = tile.consumers == 1
-        # With consumers: the warps of the producer; theirs are asked for in the kernel.
-        constants["num_warps"] = 4 if tile.consumers else WARPS
+            products = attention_backward_hopper
+            constants["num_warps"] = WARPS
+        arguments = (*descriptors, shape.exponent_scale, scale, *sizes)
         grid = (-(-shape.sk // BLOCK_N) * shape.b * shape.hk,)
         prepare_grid = (heads * padded // PREPARE_ROWS,)
         strides = (*forward_out.stride(), *dout.stride(), *lse.stride())
@@ -216,7 +216,7 @@ class GluonBackward:
                     *dq_descriptors, *stats, shape.exponent_scale, scale, *sizes, **dq_constants, num_warps=4
                 )
                 return
-            finish_dq[finish_grid](*after, D=shape.d, ROWS=ROWS, num_warps=4)
+            finish_dq[finish_grid](*after, D=shape.d, FLAT=tile.flat, num_warps=4)
 
         return prepare, multiply, finish
 

@@ -19,6 +19,7 @@ BACKEND = DeclaredBackend(
     },
     # "" takes every shape; "gluon" is for Hopper's copy engine and warp groups, and refuses what they do not take.
     variants={"attention": ("", "gluon"), "attention_backward": ("", "gluon", "gluon_deterministic")},
+    options={"fp4_linear": ("num_warps", "num_stages")},
     probe_function="vbench.kernels.triton.probe:probe",
     environment={"cpu": {"TRITON_INTERPRET": "1"}, "compile": {"TRITON_INTERPRET": "0"}},
     configurations="vbench.kernels.triton.configurations:configurations",

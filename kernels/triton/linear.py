@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -56,7 +57,7 @@ class Plan:
         warps, stages: as Triton means them (``gluon``: all its partitions' warps).
         split: parts that K is summed in (``fused``: in different programs).
         block_sums: ``fused``: add one float32 sum a K block instead of carrying the matrix unit's accumulator along.
-        chunk: ``dequant_cublas``: weight rows decoded at a time; the scratch they fill should stay in L2.
+        chunk: ``dequant_cublas``: weight rows decoded at a time, into scratch memory of as many rows.
         wide: mxfp4 with float32 scales on sums instead of scales in the operand: see ``packing.PackedWeight``.
         dependent: ``stationary``: begin to fetch weights before the kernel in front has finished.
     """
@@ -79,7 +80,7 @@ Table = tuple[tuple[int, Plan], ...]
 _UP_TO_32: Table = (
     (8, Plan("fused", 64, 8, 64, 4, 4)),
     (16, Plan("fused", 64, 16, 64, 4, 4)),
-    (32, Plan("fused", 64, 32, 64, 4, 4)),
+    (32, Plan("fused", 64, 32, 64, 4, 3)),
 )
 _SCALE_IN_EPILOGUE: Table = (
     (8, Plan("fused", 64, 8, 64, 2, 4)),
@@ -126,16 +127,21 @@ GLUON_TILES: tuple[tuple[int, int, int, tuple[float, float, float]], ...] = (
     (128, 64, 6, (18.0, 20.0, 19.0)),
 )
 GLUON_PROCESSORS = 132
+#: What each further part of K adds, in the same unit: its sums go through memory.
+GLUON_PART_COST = 1.0
+#: Most tokens for which the stationary kernel wins; the fused one reads weights as fast from 16 on.
+STATIONARY_MAX_M = 8
 #: Format -> smallest m from which decoding to scratch memory and the vendor's GEMM wins.
 DEQUANT_FROM_M: Mapping[str, int] = {
     "absmax7_tensor": 3072,
     "absmax7_row": 3072,
-    "absmax7_g128": 1024,
+    "absmax7_g128": 2048,
     "nvfp4": 2048,
     "mxfp4": 2048,
-    "nf4": 1024,
+    "nf4": 192,
 }
-DEQUANT_CHUNK = 2048
+#: Rows decoded at a time. Slices that stay in L2 were tried (2048 rows) and lose: each pays a launch and a tail.
+DEQUANT_CHUNK = 14336
 
 
 def split_count(n: int, k: int) -> int:
@@ -173,20 +179,12 @@ def choose_gluon(m: int, n: int, k: int, fmt: str) -> Plan:
         bn, bm, _, costs = tile
         split = parts(bn, bm)
         waves = -(-tiles(bn, bm) * split // GLUON_PROCESSORS)
-        return waves * costs[column] / split
+        return waves * costs[column] / split + (split - 1) * GLUON_PART_COST
 
     bn, bm, stages, _ = min(GLUON_TILES, key=cost)
     # nf4's two sums a block stay in flight together only where they are added block by block.
     sums = fmt == "nf4"
     return Plan("gluon", bn, 64 if sums else bm, linear_gluon_host.BKW, 12, stages, parts(bn, bm), block_sums=sums)
-
-
-def choose_gluon_few(m: int, n: int, k: int, fmt: str) -> Plan:
-    """Up to SPLIT_MAX_M tokens: the order of sums is given, and the tile as wide as registers allow."""
-    grouped = GROUPS[fmt] > 0 and fmt not in BYTE_SCALES
-    bm = 32 if m <= 32 else 64
-    bn, stages = (128, 6) if grouped else (256, 4)
-    return Plan("gluon", bn, bm, linear_gluon_host.BKW, 12, stages, split_count(n, k))
 
 
 def choose_plan(
@@ -202,9 +200,7 @@ def choose_plan(
         return Plan("dequant_cublas", 0, 0, 0, 0, 0, chunk=DEQUANT_CHUNK)
     if hopper and m > SPLIT_MAX_M and linear_gluon_host.takes(fmt, x, n, k):
         return choose_gluon(m, n, k, fmt)
-    if hopper and m > linear_stationary_host.MAX_TOKENS and linear_gluon_host.takes(fmt, x, n, k):
-        return choose_gluon_few(m, n, k, fmt)
-    if hopper and m <= linear_stationary_host.MAX_TOKENS and linear_stationary_host.takes(fmt, x, k):
+    if hopper and m <= STATIONARY_MAX_M and linear_stationary_host.takes(fmt, x, k):
         return Plan("stationary", 16, linear_stationary_host.tokens(m), 16, 16, 1, split_count(n, k), dependent=True)
     table = TABLE_FP32 if x == "fp32" else TABLE_WIDE if wide else TABLES[fmt]
     plan = next(p for limit, p in table if m <= limit)
@@ -218,6 +214,7 @@ class LinearKernel:
 
     Attributes:
         plan: the path and tile sizes taken.
+        options: set by hand, see ``with_options``; they hold for whichever plan is taken.
         numerics: ``tensor_core`` sums for 16-bit x, ``fp32`` for float32 x and in the interpreter.
             ``operand_roundings`` is empty where the decoded weight is exact in the product's operand type.
     """
@@ -225,8 +222,11 @@ class LinearKernel:
     produces = ("y",)
     deterministic = True
 
-    def __init__(self, case: Case, device: Device, plan: Plan) -> None:
+    def __init__(
+        self, case: Case, device: Device, plan: Plan, options: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self.device: Device = device
+        self.options = options
         self.fmt, self.x, self.act = case.text("fmt"), case.text("x"), case.text("act")
         self.m, self.n, self.k = case.axis("m"), case.axis("n"), case.axis("k")
         self.has_bias = bool(case.axis("bias"))
@@ -272,7 +272,8 @@ class LinearKernel:
         if (wide and not self.plan.wide) or (gluon and not linear_gluon_host.takes_tensors(inputs, x, y)):
             # An explicit rule, not a fallback on failure: the copy engine needs aligned rows, the fast scale decode
             # normal scales, and an operand has not the range of all E8M0 scales. ``plan`` says what was taken.
-            self.plan = choose_plan(self.m, self.n, self.k, self.fmt, self.x, self.act, self.device, wide=wide)
+            plan = choose_plan(self.m, self.n, self.k, self.fmt, self.x, self.act, self.device, wide=wide)
+            self.plan = with_options(plan, self.options)
         if self.plan.path == "dequant_cublas":
             return bind_dequant(self.fmt, inputs, x, bias, y, self.x, self.act, self.plan.chunk)
         packed = pack_for(self.plan, self.fmt, inputs, self.n, self.k, self.x)
@@ -342,11 +343,30 @@ def bind_packed(weight: PackedWeight, x: Any, bias: Any, y: Any, x_name: str, ac
     return launch
 
 
-def make(case: Case, variant: str, device: Device) -> LinearKernel:
+def with_options(plan: Plan, options: Mapping[str, str]) -> Plan:
+    """The plan with ``num_warps`` or ``num_stages`` set by hand, for comparing.
+
+    Raises:
+        Unsupported: ``option_value``, or ``option_not_taken`` where the plan's path chooses these itself.
+    """
+    if not options:
+        return plan
+    if plan.path != "fused":
+        raise Unsupported("option_not_taken", f"path {plan.path} of this case takes no {', '.join(sorted(options))}")
+    for name, value in options.items():
+        # Triton's num_warps is a power of two; a group of warps beyond 32 exceeds a block's 1024 threads.
+        if not value.isdecimal() or (name == "num_warps" and int(value) not in (1, 2, 4, 8, 16, 32)):
+            raise Unsupported("option_value", f"{name}={value}: num_warps is 1, 2, 4, 8, 16 or 32, num_stages a number")
+    warps, stages = (int(options.get(n, old)) for n, old in (("num_warps", plan.warps), ("num_stages", plan.stages)))
+    return replace(plan, warps=warps, stages=stages)
+
+
+def make(case: Case, variant: str, device: Device, **options: str) -> LinearKernel:
     """Factory of fp4_linear.
 
     Raises:
-        Unsupported: ``zero_size``, ``k_odd``, ``k_not_multiple_of_block``, ``too_large``, and ``probe.check_device``'s.
+        Unsupported: ``zero_size``, ``k_odd``, ``k_not_multiple_of_block``, ``too_large``, ``with_options``'s and
+            ``probe.check_device``'s.
     """
     check_device(device)
     m, n, k, fmt = case.axis("m"), case.axis("n"), case.axis("k"), case.text("fmt")
@@ -362,4 +382,5 @@ def make(case: Case, variant: str, device: Device) -> LinearKernel:
     hopper = device == "cuda" and linear_gluon_host.available()
     x = case.text("x")
     wide = needs_wide(fmt, x)
-    return LinearKernel(case, device, choose_plan(m, n, k, fmt, x, case.text("act"), device, hopper and not wide, wide))
+    plan = choose_plan(m, n, k, fmt, x, case.text("act"), device, hopper and not wide, wide)
+    return LinearKernel(case, device, with_options(plan, options), options)

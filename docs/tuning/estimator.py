@@ -1,0 +1,168 @@
+"""Measure training steps on a GPU and compare with the estimate: ``python docs/tuning/estimator.py [--out DIR]``.
+
+Each point is one model, workload and optimizer: three real steps, then ``torch.cuda.max_memory_allocated`` of the third
+(optimizer states exist from the first on). What is compared is the allocator's peak; the context is outside it. Writes
+``estimator.json`` and the table ``estimator.md``; exit code 1 if the median error is above 5 % or the worst above 15 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vbench.kernels.virtual.estimate import estimate
+from vbench.kernels.virtual.hardware import find_card
+from vbench.kernels.virtual.modules import LanguageModel
+from vbench.kernels.virtual.program import Dtype, Workload
+from vbench.kernels.virtual.shapes import PRESETS, ModelShape
+
+DTYPES: tuple[Dtype, ...] = ("fp32", "bf16", "amp")
+MEDIAN_LIMIT, WORST_LIMIT = 0.05, 0.15
+
+
+def points() -> Iterator[tuple[ModelShape, Workload, str]]:
+    """At least 40 points over model, batch, sequence, numbers, attention, checkpointing, dropout and optimizer."""
+    llama = PRESETS["llama-3-8b"]
+    llama_4 = replace(llama, name="llama-3-8b, 4 layers", layers=4)
+    llama_7b_4 = replace(PRESETS["llama-7b"], name="llama-7b, 4 layers", layers=4)
+    for name, batch in (("gpt2", 8), ("vb-medium", 4), ("gpt2-medium", 4), ("vb-large", 8), ("gpt2-large", 2)):
+        for dtype in DTYPES:
+            for checkpointing in (False, True):
+                yield PRESETS[name], Workload(batch, 1024, dtype, "sdpa", checkpointing), "adamw"
+    for dtype in DTYPES:
+        yield PRESETS["gpt2"], Workload(4, 1024, dtype, "eager", dropout=True), "adamw"
+        yield PRESETS["gpt2"], Workload(16, 256, dtype, "eager"), "adamw"
+        yield llama_7b_4, Workload(2, 1024, dtype, "sdpa"), "adamw"
+    for shape in (llama_4, llama_7b_4):
+        for checkpointing in (False, True):
+            yield shape, Workload(4, 2048, "bf16", "sdpa", checkpointing), "adamw"
+    yield llama_4, Workload(1, 4096, "amp"), "adamw"
+    yield llama_4, Workload(2, 1024, "fp32"), "adamw"
+    yield llama_4, Workload(2, 1024, "bf16", "eager"), "adamw"
+    yield PRESETS["gpt2-xl"], Workload(2, 1024, "bf16"), "adamw"
+    yield PRESETS["gpt2"], Workload(1, 128), "sgd"
+    yield PRESETS["gpt2"], Workload(32, 128), "momentum"
+    yield PRESETS["gpt2-medium"], Workload(2, 512), "sgd"
+
+
+def make_optimizer(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The fused optimizer an estimate speaks of."""
+    if name == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    return torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9 if name == "momentum" else 0.0, fused=True)
+
+
+def measure(shape: ModelShape, work: Workload, optimizer: str) -> int:
+    """Peak bytes the allocator gave out during the third step."""
+    device = torch.device("cuda")
+    with device:
+        model = LanguageModel(
+            shape, attention=work.attention, checkpointing=work.checkpointing, dropout=0.1 if work.dropout else 0.0
+        )
+        if work.dtype == "bf16":
+            model = model.bfloat16()
+        optim = make_optimizer(optimizer, model)
+        ids, targets = (torch.randint(shape.vocabulary, (work.batch, work.sequence)) for _ in range(2))
+    peak = 0
+    for _ in range(3):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=work.dtype == "amp"):
+            loss = model(ids, targets)
+        loss.backward()
+        optim.step()
+        optim.zero_grad(set_to_none=True)
+        del loss
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def matrix_workspace_bytes() -> int:
+    """What cuBLAS keeps of the allocator once both threads have multiplied, with and without bias."""
+    x = torch.ones(64, 64, device="cuda", requires_grad=True)
+    for bias in (True, False):
+        torch.nn.Linear(64, 64, bias=bias, device="cuda")(x).sum().backward()
+    del x
+    gc.collect()
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()
+
+
+def main() -> int:
+    """Measure, write, judge."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where to write (here)")
+    arguments.add_argument("--limit-s", type=float, default=110.0, metavar="S", help="start no point after this (110)")
+    options = arguments.parse_args()
+    card, start, rows = find_card("auto"), time.monotonic(), []
+    workspace, skipped = matrix_workspace_bytes(), 0
+    for shape, work, optimizer in points():
+        if time.monotonic() - start > options.limit_s:
+            skipped += 1
+            continue
+        predicted = estimate(shape, work, optimizer, card)
+        row: dict[str, Any] = {"model": shape.name, **asdict(work), "optimizer": optimizer}
+        try:
+            row["measured_bytes"] = measure(shape, work, optimizer)
+        except torch.cuda.OutOfMemoryError:
+            row["measured_bytes"] = None
+        gc.collect()
+        torch.cuda.empty_cache()
+        row.update(predicted_bytes=predicted.allocated, peak_at=predicted.peak_at)
+        if row["measured_bytes"]:
+            row["error"] = predicted.allocated / row["measured_bytes"] - 1
+        rows.append(row)
+    errors = [abs(r["error"]) for r in rows if "error" in r]
+    summary = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "matrix_workspace_bytes": workspace,
+        "matrix_workspace_bytes_assumed": card.matrix_workspace_bytes,
+        "points": len(errors),
+        "skipped": skipped,
+        "median_error": statistics.median(errors),
+        "worst_error": max(errors),
+        "seconds": time.monotonic() - start,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "estimator.json").write_text(json.dumps({"summary": summary, "rows": rows}, indent=1) + "\n")
+    (options.out / "estimator.md").write_text(table(summary, rows))
+    print(table(summary, rows))
+    return int(summary["median_error"] > MEDIAN_LIMIT or summary["worst_error"] > WORST_LIMIT)
+
+
+def table(summary: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown, worst error first."""
+    lines = [
+        f"{summary['points']} points on {summary['gpu']}, torch {summary['torch']}: median error "
+        f"{summary['median_error']:.2%}, worst {summary['worst_error']:.2%}; "
+        f"cuBLAS workspaces {summary['matrix_workspace_bytes']:,} bytes, assumed "
+        f"{summary['matrix_workspace_bytes_assumed']:,}",
+        "",
+        "| model | batch x seq | numbers | attention | ckpt | optimizer | measured | predicted | error | peak at |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in sorted(rows, key=lambda r: -abs(r.get("error", 0.0))):
+        got = f"{r['measured_bytes'] / 1e9:.3f} GB" if r["measured_bytes"] else "out of memory"
+        error = f"{r['error']:+.2%}" if "error" in r else "-"
+        lines.append(
+            f"| {r['model']} | {r['batch']} x {r['sequence']} | {r['dtype']}{' dropout' if r['dropout'] else ''} | "
+            f"{r['attention']} | {'yes' if r['checkpointing'] else 'no'} | {r['optimizer']} | {got} | "
+            f"{r['predicted_bytes'] / 1e9:.3f} GB | {error} | {r['peak_at']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

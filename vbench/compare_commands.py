@@ -1,0 +1,308 @@
+"""What the commands of ``vbench.cli_compare`` do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vbench import ab, baseline, commands, comparison, documents, pairs, registry, regression, selftest, simulate
+from vbench.errors import CaseError, DataError, UsageError
+from vbench.judge import judge
+from vbench.record import Record
+from vbench.report import si
+from vbench.roofline import DATASHEETS, case_floor_s
+from vbench.roofline import ceilings as ceilings_of
+from vbench.sides import Side
+from vbench.sources import digest
+from vbench.spec import Op
+from vbench.store import RECORDS, RunStore, load_records, new_run_id, read_records, write_records
+
+
+def gate_command(run: str, out: Path, folder: Path, *, strict: bool, fmt: regression.Format) -> int:
+    """``vbench gate RUN --baseline DIR``. Pure: reads records, needs no GPU.
+
+    Raises:
+        UsageError, DataError: no such run or baseline, or a file that is none.
+    """
+    path = commands.find_run(run, out)
+    loaded = load_records(path)
+    reviewed = read_records(folder)
+    result = regression.judge_run(reviewed, loaded.records, floor=_floor(), torn=loaded.torn)
+    code, reasons = regression.exit_code(result, strict=strict)
+    if not loaded.records:
+        code, reasons = 3, ["nothing judged: the run has no record"]
+    for line in loaded.torn:
+        print(f"vbench: {line}; left out, the rest is kept", file=sys.stderr)
+    print(regression.render(result, code, reasons, fmt, {"run": str(path), "baseline": str(folder)}))
+    return code
+
+
+def _floor() -> regression.Floor:
+    """Seconds below which the datasheet of a record's GPU calls its time impossible."""
+    ops = registry.ops()
+
+    def floor(record: Record) -> float:
+        op = ops.get(record.case.partition("[")[0])
+        if op is None:
+            return 0.0
+        return case_floor_s(str(record.environment.get("gpu", "")), op, op.parse(record.case))
+
+    return floor
+
+
+def ab_command(specs: tuple[str, str] | tuple[str], arguments: argparse.Namespace) -> int:
+    """``vbench ab A B``, and ``vbench gate --against A``, whose B is what is installed.
+
+    Raises:
+        UsageError, DataError: sides, cases or numbers that mean nothing.
+    """
+    looks = comparison.looks_between(arguments.pairs, arguments.max_pairs or 2 * arguments.pairs)
+    rule = comparison.Rule(delta=arguments.delta, looks=looks, confirm=arguments.pairs)
+    suites = registry.suites()
+    floors = {}
+    if arguments.floors is not None:
+        floors = pairs.floors(read_records(commands.find_run(arguments.floors, arguments.out)), looks[0])
+        if not floors:
+            raise DataError(f"--floors {arguments.floors}: no cell of identical code in it has three pairs")
+    try:
+        found, path = ab.run_ab(
+            specs,
+            run_id=new_run_id(),
+            infos=registry.backends(),
+            suites=[suites[name] for name in registry.choose("suite", arguments.suite, suites)],
+            ops=registry.ops(),
+            backends=arguments.backend,
+            only_ops=registry.choose("op", arguments.op, registry.ops()),
+            cases=arguments.case,
+            effort=arguments.effort,
+            device=commands.device_of(arguments.device),
+            rule=rule,
+            out=arguments.out,
+            seed=arguments.seed,
+            limit_s=arguments.limit_s,
+            floors=floors,
+        )
+    except CaseError as error:
+        raise UsageError(str(error)) from None
+    code, reasons = ab.exit_code(found, strict=arguments.strict)
+    names = {"a": specs[0], "b": specs[1] if len(specs) == 2 else "installed", "records": str(path)}
+    if arguments.format == "json":
+        print(ab.to_json(found, code, reasons, names))
+        return code
+    if arguments.format == "github":
+        print("\n".join(ab.github_lines(found, code, reasons)))
+    print(ab.to_text(found, code, reasons, names))
+    return code
+
+
+def baseline_update(
+    runs: Sequence[str], out: Path, destination: Path, texts: Sequence[Path], ledger: str, *, write: bool, as_json: bool
+) -> int:
+    """``vbench baseline update``: print old and new side by side; write only with ``write``.
+
+    Raises:
+        UsageError, DataError: bad runs, documents or ledger, too much to review, or machines that differ.
+    """
+    books = commands.ledgers()
+    registry.choose("ledger", [ledger], books)
+    records = [record for run in runs for record in read_records(commands.find_run(run, out))]
+    _refuse_twins(records)
+    kept = baseline.select(records, texts, books[ledger], commands.current_sources())
+    if not kept:
+        raise DataError("nothing to keep: no record of these runs is behind a number of the documents")
+    by_suite = baseline.files(kept, records)
+    old = baseline.replaced(destination, by_suite)
+    found = baseline.changes(old, kept)
+    timed = [[r for r in side if r.measurements] for side in (old, kept)]
+    unlike = regression.differences(*timed) if all(timed) else ()
+    if as_json:
+        body = {
+            "changes": baseline.to_json(found),
+            "machine": [str(d) for d in unlike],
+            "rows": {suite: len(rows) for suite, rows in by_suite.items()},
+            "written": write,
+        }
+        print(json.dumps(body, indent=1, ensure_ascii=False))
+    else:
+        print(baseline.to_text(found))
+        for difference in unlike:
+            print(f"machine   {difference}")
+        moved = sum(c.disjoint for c in found)
+        print(f"cells     {len(found)}, of which {moved} moved beyond their intervals (*)")
+        print(f"rows      {', '.join(f'{len(rows)} {suite}' for suite, rows in by_suite.items())}")
+        print(f"written   {destination}" if write else "written   nothing; review, then add --write")
+    if write:
+        baseline.write(destination, by_suite)
+    return 0
+
+
+def _refuse_twins(records: Sequence[Record]) -> None:
+    seen: set[str] = set()
+    for record in records:
+        if record.id in seen:
+            raise DataError(f"id {record.id} occurs in two of the runs: one of them is given twice")
+        seen.add(record.id)
+
+
+def simulated_selftest(seed: int, out: Path, as_json: bool) -> int:
+    """``vbench selftest --aa --simulated``: the rates of the rule on machines whose noise is known.
+
+    The run's id is made of the seed and the sources, so that the same command gives the same file.
+    """
+    run = f"selftest-{digest(simulate.SOURCES).removeprefix('sha256:')[:8]}-{seed}"
+    records = simulate.records(run=run, seed=seed)
+    path = out / run / RECORDS
+    write_records(path, records)
+    _print_rates(records, simulate.BACKEND, as_json)
+    if not as_json:
+        print(f"\nrecords   {path}")
+    return 0
+
+
+def machine_selftest(arguments: argparse.Namespace) -> int:
+    """``vbench selftest --aa``: pairs of identical code on this machine, and of known slowdowns; rates over all pairs.
+
+    Exit code 3 as long as no cell has enough pairs.
+
+    Raises:
+        UsageError, DataError: names that are none, nothing to measure, or records that cannot be read.
+    """
+    joined: list[Record] = []
+    for run in arguments.join:
+        joined += read_records(commands.find_run(run, arguments.out))
+    _refuse_twins(joined)
+    run_id = new_run_id()
+    measured, path = _measure_selftest(arguments, run_id) if arguments.pairs else ([], arguments.out / run_id / RECORDS)
+    taken = [r for r in (*joined, *measured) if r.kind == "pair"]
+    unlike = {
+        name: sorted({str(r.environment.get(name, "-")) for r in taken if r.measurements}) for name in ("gpu", "driver")
+    }
+    for name, values in unlike.items():
+        if len(values) > 1:
+            raise DataError(f"--join: the runs are of machines that differ in {name}: {' and '.join(values)}")
+    result = selftest.rates(taken, run=run_id, rule=comparison.Rule())
+    if not result.records:
+        print(f"nothing judged: no cell has {selftest.PAIRS} pairs yet; further runs are added with --join {run_id}")
+        print(f"records   {path}")
+        return 3
+    rates_path = path.with_name("selftest.jsonl")
+    write_records(rates_path, result.records)
+    _print_rates(result.records, selftest.BACKEND, arguments.json)
+    if not arguments.json:
+        print(f"\n{selftest.summary(result.records)}")
+        print(f"gated     {result.gated} cells; {len(result.noisy)} are too noisy for a margin of 1 %")
+        for name, one in result.noisy[:10]:
+            print(f"noisy     floor {100 * (one.floor or 0):.2f} % {name}")
+        print(f"records   {rates_path}")
+    return 0
+
+
+def _measure_selftest(arguments: argparse.Namespace, run_id: str) -> tuple[list[Record], Path]:
+    """The pairs of one run, stored as they are made."""
+    infos, ops, suites = registry.backends(), registry.ops(), registry.suites()
+    device = commands.device_of(arguments.device)
+    cases = ab.chosen_cases(
+        [suites[name] for name in registry.choose("suite", arguments.suite, suites)],
+        ops,
+        only_ops=registry.choose("op", arguments.op, ops),
+        cases=arguments.case,
+        effort="full",
+        device=device,
+    )
+    own = [n for n, info in infos.items() if info.role == "own" and info.timed and not info.problem]
+    backends = registry.choose("backend", arguments.backend, infos) if arguments.backend else own
+    cost_s = {c.case: _bound_s(ops[c.op], c.case) for c in cases}
+    cells = selftest.cells_of(selftest.cheapest(cases, cost_s, arguments.cases, arguments.skip), infos, backends)
+    if not cells:
+        raise UsageError("selftest: no timed case of these backends here; name one with --case")
+    return ab.measure_cells(
+        cells,
+        {side: Side("installed") for side in "AB"},
+        run_id=run_id,
+        infos=infos,
+        device=device,
+        out=arguments.out,
+        seed=arguments.seed,
+        pairs=arguments.pairs,
+        limit_s=arguments.limit_s,
+    )
+
+
+def _bound_s(op: Op, case_id: str) -> float:
+    """A lower bound on a case's time on the GPUs we know, to order cases by; 0 where the op gives no figures."""
+    return min(case_floor_s(gpu, op, op.parse(case_id)) for gpu in DATASHEETS)
+
+
+def roofline_command(device: str, only: Sequence[str], folder: Path | None, out: Path, *, as_json: bool) -> int:
+    """``vbench roofline``: this machine's measured ceilings, one record a probe.
+
+    Raises:
+        UsageError, DataError: an unknown probe, a folder that is none, or a results folder that cannot be written.
+    """
+    from vbench import ceilings
+
+    where = commands.device_of(device)
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"--folder {folder}: no such folder")
+    run_id = new_run_id()
+    with ceilings.temporary_folder(folder) as scratch:
+        every = list(ceilings.probes(where, Path(scratch)))
+        wanted = registry.choose("probe", only, dict.fromkeys(p.what for p in every))
+        chosen = [p for p in every if p.what in wanted]
+        store = RunStore(out / run_id, {"run": run_id, "device": where, "probes": len(chosen)})
+        try:
+            found = ceilings.records(chosen, where, run_id, ceilings.open_monitor_on(where), store.append)
+        finally:
+            store.close()
+    if as_json:
+        print("[" + ",\n".join(r.to_json() for r in found) + "]")
+        return 0
+    for r in found:
+        unit = {"launch": "launches/s", "B": "B/s", "flop": "flop/s", "op": "op/s"}[r.source]
+        value = si(r.metrics["per_s"], unit) if r.metrics else f"{r.label}: {r.detail}"
+        print(f"{r.case:<60} {value}")
+    print(f"records   {store.path}")
+    return 0
+
+
+def report_command(run: str, out: Path, output: Path) -> int:
+    """``vbench report``: one offline page. Exit code 3 where the run has no record.
+
+    Raises:
+        UsageError, DataError: no such run, records that cannot be read, no jinja2, or a file that cannot be written.
+    """
+    from vbench import html_report
+
+    path = commands.find_run(run, out)
+    loaded = load_records(path)
+    for line in loaded.torn:
+        print(f"vbench: {line}; left out, the rest is kept", file=sys.stderr)
+    if not loaded.records:
+        print(f"nothing to report: {path} has no record")
+        return 3
+    books = commands.ledgers()
+    sources = commands.current_sources()
+    verdicts = {name: judge(book, loaded.records, current_sources=sources) for name, book in books.items()}
+    known = {**ceilings_of(commands.baselines()), **ceilings_of(loaded.records)}
+    page = html_report.render(
+        loaded.records,
+        verdicts,
+        books,
+        registry.ops(),
+        known,
+        run=path.stem if path.is_file() else path.name,
+        where=str(path),
+    )
+    html_report.write(output, page)
+    print(f"report    {output} ({len(page.encode()) / 1024:.0f} KiB, {len(loaded.records)} records)")
+    return 0
+
+
+def _print_rates(records: Sequence[Record], backend: str, as_json: bool) -> None:
+    if as_json:
+        print("[" + ",\n".join(r.to_json() for r in records) + "]")
+        return
+    print("\n".join(documents.rates_table(records, backend)))
