@@ -215,6 +215,17 @@ class Tiered:
                 self.stats_.from_file_bytes = self._files.read_bytes
             return asdict(self.stats_)
 
+    def unit_of(self, parameter: nn.Parameter) -> int:
+        """Index in ``plan()["units"]`` of the unit that a parameter travels with.
+
+        Raises:
+            TierError: it is none of the module's, or has no elements.
+        """
+        for unit in self._units:
+            if any(parameter is known for known in unit.parameters):
+                return unit.index
+        raise TierError("no such parameter travels with this module")
+
     @property
     def closed(self) -> bool:
         return self._state == "closed"
