@@ -19,6 +19,7 @@ BACKEND = DeclaredBackend(
         "attention_backward": "vbench.reference.kernels:make_attention_backward",
         "tier_stack": "vbench.reference.kernels:make_tier_stack",
         "tier_fetch": "vbench.reference.kernels:make_tier_fetch",
+        "offload_pass": "vbench.reference.kernels:make_offload_pass",
         "decoder_block": "vbench.reference.kernels:make_decoder_block",
         "int8_linear": "vbench.reference.kernels:make_int8_linear",
         "svd": "vbench.reference.kernels:make_svd",

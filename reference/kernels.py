@@ -22,6 +22,7 @@ from vbench.reference.fp4 import decode_float64, dequantize, quantize
 from vbench.reference.insight import chain_float64
 from vbench.reference.int8 import int8_float64
 from vbench.reference.linear import activate
+from vbench.reference.offload import GRADIENTS, offload_pass
 from vbench.reference.sampling import torch_dtype
 from vbench.reference.tiers import replay
 from vbench.spec import Case, Numerics
@@ -127,6 +128,12 @@ def make_tier_fetch(case: Case, variant: str, device: Device) -> Kernel:
     """A packed or raw weight in host memory -> weight [n, k] in dtype y on the device."""
     _only_default(variant)
     return OracleKernel(lambda inputs: {"weight": fetched(case, dict(inputs))}, ("weight",))
+
+
+def make_offload_pass(case: Case, variant: str, device: Device) -> Kernel:
+    """x and the weights' seeds -> y and gradients; one layer's weight in memory at a time."""
+    _only_default(variant)
+    return OracleKernel(lambda inputs: offload_pass(case, inputs), ("y", *GRADIENTS))
 
 
 def make_decoder_block(case: Case, variant: str, device: Device) -> Kernel:

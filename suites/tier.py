@@ -1,5 +1,5 @@
 """Suite ``tier``: the stack of memory levels against the dictionary model, and what it costs over having it all;
-fetches of packed weights from host memory.
+fetches of packed weights from host memory; passes over layers whose weights lie there.
 
 Trace cyclic is LRU's worst case: with fewer places than keys every access misses.
 """
@@ -11,6 +11,7 @@ from typing import Literal
 
 from vbench.reference.ops.fetch import RAW, TIER_FETCH
 from vbench.reference.ops.fp4 import FORMATS
+from vbench.reference.ops.offload import OFFLOAD_PASS
 from vbench.reference.ops.tiers import TIER_STACK
 from vbench.reference.ops.types import DTYPES
 from vbench.spec import BenchCase, Case, Generated, Suite
@@ -56,6 +57,25 @@ def _fetch_checks() -> tuple[Case, ...]:
     )
 
 
+def _offload_checks() -> tuple[Case, ...]:
+    offload = OFFLOAD_PASS
+    sizes = ({"gpu_bytes": 2 * 2048 + 512, "layers": 5}, {"gpu_bytes": 1 << 20, "layers": 3})
+    return (
+        # Width 32: a layer is 2 KiB. Two streaming slots; then everything fits.
+        *(
+            offload.case(mode=mode, width=32, tokens=tokens, **size)
+            for mode, tokens, size in product(("forward", "train"), (1, 17), sizes)
+        ),
+        # Some layers stay and others stream; one layer; a width that no alignment likes.
+        offload.case(mode="forward", layers=7, width=32, tokens=3, gpu_bytes=5 * 2048),
+        offload.case(mode="train", layers=7, width=32, tokens=3, gpu_bytes=12 * 2048, seed=1),
+        offload.case(mode="train", layers=1, width=48, tokens=4, gpu_bytes=1 << 16),
+        offload.case(mode="train", layers=4, width=23, tokens=5, gpu_bytes=3 * 1536),
+        # What must be refused.
+        offload.case(layers=0, width=32, tokens=1, gpu_bytes=4096),
+    )
+
+
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 SOURCE = "16 layers of equal size through a level 0 that holds a quarter of them (resident: all)"
 
@@ -87,13 +107,33 @@ def _fetch_benches() -> tuple[BenchCase, ...]:
     return tuple(BenchCase(TIER_FETCH.case(fmt=fmt, n=14336, k=4096), FETCH_SOURCE, "standard") for fmt in FETCHED)
 
 
+OFFLOADED = "48 square layers of 8192 features in bf16, 6.44 GB: the bytes of 24 MLP blocks streamed by other engines"
+
+
+def _offload_benches() -> tuple[BenchCase, ...]:
+    """Weights six times the budget at four token counts, all of them within it, and a training step beyond it."""
+    case = OFFLOAD_PASS.case
+    large = {"layers": 48, "width": 8192}
+    return (
+        BenchCase(
+            case(layers=12, width=512, tokens=16, gpu_bytes=2 * MIB), "small layers, 6.3 MB: overhead", "quick", "any"
+        ),
+        *(BenchCase(case(tokens=t, gpu_bytes=GIB, **large), OFFLOADED) for t in (16, 1024, 8192, 32768)),
+        BenchCase(case(tokens=1024, gpu_bytes=8 * GIB, **large), OFFLOADED),
+        BenchCase(
+            case(mode="train", layers=12, width=8192, tokens=8192, gpu_bytes=GIB // 2),
+            "12 square layers of 8192 features in bf16 and their gradients",
+        ),
+    )
+
+
 SUITE = Suite(
     name="tier",
-    summary="tier stack and fetch from the host: every value bitwise, every byte counted; overhead over all-resident",
-    checks=(*_checks(), *_fetch_checks()),
+    summary="tier stack, fetch and passes from host memory: bitwise, every byte counted; cost over all-resident",
+    checks=(*_checks(), *_fetch_checks(), *_offload_checks()),
     generated=(
         Generated("vbench.suites.strategies:tier_cases", (15, 100, 1000)),
         Generated("vbench.suites.strategies:tier_fetch_cases", (8, 50, 500)),
     ),
-    benches=(*_benches(), *_fetch_benches()),
+    benches=(*_benches(), *_fetch_benches(), *_offload_benches()),
 )

@@ -108,6 +108,7 @@ CASES: dict[str, dict[str, int | str]] = {
     "int8_linear": {"m": 4, "n": 8, "k": 64},
     "svd": {"m": 7, "n": 5},
     "elementwise_chain": {"n": 32, "steps": 4},
+    "offload_pass": {"mode": "train", "layers": 3, "width": 32, "tokens": 4, "gpu_bytes": 1 << 16},
 }
 
 

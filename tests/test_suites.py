@@ -48,6 +48,8 @@ def elements(case: Case) -> int:
         return case.axis("b") * case.axis("hq") * case.axis("sq") * case.axis("sk") * case.axis("d")
     if case.op == "tier_stack":
         return case.axis("steps") * case.axis("item_bytes")
+    if case.op == "offload_pass":
+        return case.axis("layers") * case.axis("width") ** 2
     if case.op == "decoder_block":
         return 4 * case.axis("b") * case.axis("s") * case.axis("hidden") * max(case.axis("hidden"), case.axis("inner"))
     if case.op == "svd":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import random
@@ -466,3 +467,58 @@ def test_freezing_and_unfreezing_between_passes() -> None:
                 m.zero_grad()
                 m(tokens()).square().sum().backward()
             assert same_gradients(mine, theirs) == []
+
+
+class Middle(nn.Module):
+    """Two levels that each hold a weight; two threads meet in between where they get there."""
+
+    def __init__(self, meeting: threading.Barrier) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((128,), 2.0))
+        self.inner = nn.Linear(128, 1, bias=False)
+        self.meeting = meeting
+
+    def forward(self, x: Tensor) -> Tensor:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self.meeting.wait(0.2)
+        y: Tensor = self.inner(x * self.scale)
+        return y
+
+
+class Nested(nn.Module):
+    """A weight that all calls share, and one branch of several for each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meeting = threading.Barrier(2)
+        self.shift = nn.Parameter(torch.ones(128))
+        self.branches = nn.ModuleList(Middle(self.meeting) for _ in range(3))
+
+    def forward(self, x: Tensor, branch: int) -> Tensor:
+        y: Tensor = self.branches[branch](x + self.shift)
+        return y
+
+
+def test_threads_that_share_their_first_unit_do_not_wait_for_each_other() -> None:
+    torch.manual_seed(0)
+    mine = Nested().requires_grad_(False)
+    x = torch.ones(2, 128)
+    right = [mine(x, branch) for branch in range(2)]
+    mine.meeting.reset()  # nobody came to that one
+    results: dict[int, Any] = {}
+
+    def work(branch: int) -> None:
+        try:
+            with torch.no_grad():
+                results[branch] = mine(x, branch)
+        except TierError as error:
+            results[branch] = error
+
+    with tier(mine, budget=Budget(least_bytes(mine, 4), 1 << 20, 0), device="cpu", slots=4) as handle:
+        assert (handle._depth, handle.residency.slots) == (3, 4)
+        threads = [threading.Thread(target=work, args=(branch,)) for branch in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(torch.equal(results[branch], right[branch]) for branch in range(2)), results

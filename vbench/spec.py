@@ -186,6 +186,7 @@ class Op:
             work to that many sampled rows (``None``: all).
         reject: returns (rule, message) for cases that have no meaning for any kernel, else ``None``; no torch.
         metrics: ``module:function(case, inputs, outputs, expected) -> dict[str, float]``: further figures.
+        metrics_when_timed: they mean something for a timed case too, where the oracle may give sampled rows only.
         flops: floating-point operations of the mathematics (not of an implementation).
         operands: narrowest operands an implementation may multiply; names the datasheet's rate for ``flops``.
         bytes: the fewest bytes that must cross device memory: each input read once, each output written once.
@@ -201,6 +202,7 @@ class Op:
     oracle: str
     reject: Callable[[Case], tuple[str, str] | None] = field(default=lambda case: None)
     metrics: str | None = None
+    metrics_when_timed: bool = False
     flops: Callable[[Case], int] | None = None
     operands: Literal["16bit", "8bit"] = "16bit"
     bytes: Callable[[Case], int] | None = None

@@ -216,7 +216,8 @@ class Worker:
             judged.outcome, judged.reason, judged.detail, prepare_s=prepare_s, first_launch_s=first_launch_s
         )
         result.error = asdict(judged.error) if judged.error is not None else None
-        if op.metrics is not None and judged.outcome not in (Outcome.WRONG_SHAPE, Outcome.WRONG_DTYPE) and not timed:
+        shaped = judged.outcome not in (Outcome.WRONG_SHAPE, Outcome.WRONG_DTYPE)
+        if op.metrics is not None and shaped and (op.metrics_when_timed or not timed):
             result.metrics = resolve(op.metrics)(case, inputs, outputs, expected)
         for old, new in zip(before, check.tensors_of(inputs), strict=True):
             if not check.same_bits(old, new):

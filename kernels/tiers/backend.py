@@ -11,5 +11,9 @@ BACKEND = DeclaredBackend(
     name="tiers",
     role="own",
     summary="tier engine: exact byte budgets, pinned slab, side-stream copies, checksummed crash-safe files",
-    ops={"tier_stack": "vbench.kernels.tiers.op:make", "tier_fetch": "vbench.kernels.tiers.fetch:make"},
+    ops={
+        "tier_stack": "vbench.kernels.tiers.op:make",
+        "tier_fetch": "vbench.kernels.tiers.fetch:make",
+        "offload_pass": "vbench.kernels.tiers.offload:make",
+    },
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from vbench.kernels.tiers.errors import TierError
@@ -42,6 +43,8 @@ class Budget:
     Args:
         gpu: device memory for everything the process allocates through torch there: weights, gradients, activations.
         pinned: page-locked host memory for weights and, once a backward ran, their gradients.
+        file: of files in ``dir`` for the frozen weights that ``pinned`` has no room for; 0 for none.
+        dir: an existing folder that nobody else uses meanwhile.
         activations: the part of ``gpu`` to leave to activations and workspace; ``auto`` starts with no weight held on
             the device and measures the first step.
 
@@ -52,6 +55,8 @@ class Budget:
     gpu: int | str
     pinned: int | str
     activations: int | str = "auto"
+    file: int | str = 0
+    dir: str | Path | None = None
 
     @property
     def gpu_bytes(self) -> int:
@@ -60,6 +65,10 @@ class Budget:
     @property
     def pinned_bytes(self) -> int:
         return parse_bytes(self.pinned, "pinned")
+
+    @property
+    def file_bytes(self) -> int:
+        return parse_bytes(self.file, "file")
 
     @property
     def activation_bytes(self) -> int | Literal["auto"]:

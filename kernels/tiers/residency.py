@@ -104,3 +104,44 @@ def _spread(weights_bytes: Sequence[int], room_bytes: int) -> list[bool]:
             out[i] = True
             taken += weight
     return out
+
+
+def filed(
+    sizes_bytes: Sequence[int], trainable: Sequence[bool], pinned_bytes: int, file_bytes: int, buffers: int
+) -> tuple[bool, ...]:
+    """Which units lie in files, as few bytes as may be: all host memory, and ``buffers`` of the largest filed unit.
+
+    Trainable units stay in host memory, where their optimizer steps.
+
+    Raises:
+        BudgetError: host memory or files are too small; says by how many bytes.
+    """
+    total = sum(sizes_bytes)
+    if total <= pinned_bytes:
+        return (False,) * len(sizes_bytes)
+    if file_bytes == 0:
+        raise BudgetError(
+            f"weights take {total} bytes of host memory and pinned={pinned_bytes}: {total - pinned_bytes} short; "
+            "raise pinned, or give file and dir"
+        )
+    fixed = sum(size for size, trains in zip(sizes_bytes, trainable, strict=True) if trains)
+    if fixed > pinned_bytes:
+        raise BudgetError(
+            f"trainable weights take {fixed} bytes of host memory (files hold frozen ones only) and "
+            f"pinned={pinned_bytes}: {fixed - pinned_bytes} short; raise pinned, or freeze parameters"
+        )
+    frozen = [size for size, trains in zip(sizes_bytes, trainable, strict=True) if not trains]
+    try:
+        chosen = plan(frozen, pinned_bytes - fixed, buffers)
+    except BudgetError as error:
+        raise BudgetError(
+            f"pinned={pinned_bytes} has no room for {buffers} staging buffers of the units that would lie in files "
+            f"beside {fixed} trainable bytes; raise pinned"
+        ) from error
+    if chosen.streamed_bytes > file_bytes:
+        raise BudgetError(
+            f"weights beyond pinned={pinned_bytes} take {chosen.streamed_bytes} bytes of files and file={file_bytes}: "
+            f"{chosen.streamed_bytes - file_bytes} short; raise file or pinned"
+        )
+    stays = iter(chosen.resident)
+    return tuple(not trains and not next(stays) for trains in trainable)

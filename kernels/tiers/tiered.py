@@ -12,6 +12,10 @@ accumulated and is ``p.grad`` when ``backward`` returns.
 Order. The first pass of each kind (training or not) fetches on demand and is recorded; later passes prefetch by the
 record (``Order``). Host copies are never assumed unchanged between passes: an optimizer step needs no notice.
 
+Files. Frozen weights that page-locked memory has no room for lie in checksummed files and are read ahead by a thread.
+At rest their parameters are empty (``numel() == 0``: no memory stands for them, so no stale value can be read);
+``state_dict`` reads the files, ``close`` brings the weights back into memory.
+
 Threads may call the module at once; they share the slots, and a thread waits while others hold what it needs.
 """
 
@@ -23,6 +27,8 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,14 +37,16 @@ from torch import Tensor, nn
 from vbench.errors import Unsupported
 from vbench.kernels.tiers.budget import Budget, BudgetError
 from vbench.kernels.tiers.errors import TierError
+from vbench.kernels.tiers.fileio import FileIO
 from vbench.kernels.tiers.gradients import HostGradients
 from vbench.kernels.tiers.links import CudaLinks, HostLinks, Links
-from vbench.kernels.tiers.marks import join
-from vbench.kernels.tiers.residency import Residency, plan
+from vbench.kernels.tiers.marks import Marks, join
+from vbench.kernels.tiers.readahead import BUFFERS, FiledUnits
+from vbench.kernels.tiers.residency import Residency, filed, plan
 from vbench.kernels.tiers.schedule import Order
 from vbench.kernels.tiers.slab import Slab, pinned_slab, plain_slab
 from vbench.kernels.tiers.slots import Slot, storage_references
-from vbench.kernels.tiers.units import Unit, deepest, discover
+from vbench.kernels.tiers.units import Unit, View, deepest, discover
 
 #: Device bytes a resident trainable weight costs per byte of its own: itself, its gradient, two moments.
 TRAINING_COST = 4.0
@@ -54,6 +62,7 @@ class Stats:
         resident, timely, late, miss: acquisitions of units that stay on the device, whose prefetch was over, whose
             prefetch was still under way, and that nobody had asked for.
         to_device_bytes, to_host_bytes: weights and gradients copied.
+        from_file_bytes: read from files, ahead or on demand.
         prefetches: copies begun before they were asked for; ``wasted``: those overwritten unread.
         waits: times a thread waited for another's slots.
     """
@@ -64,6 +73,7 @@ class Stats:
     miss: int = 0
     to_device_bytes: int = 0
     to_host_bytes: int = 0
+    from_file_bytes: int = 0
     prefetches: int = 0
     wasted: int = 0
     waits: int = 0
@@ -111,6 +121,7 @@ class Tiered:
         slots: int,
         reads_children: tuple[type[nn.Module], ...],
         links: tuple[Links, Links] | None,
+        io: FileIO | None,
     ) -> None:
         on_cuda = device.type == "cuda"
         self.module = module
@@ -141,22 +152,29 @@ class Tiered:
         self._with_gradient: set[int] = set()
         self.activation_bytes: int | None = None
 
-        weights = sum(unit.size_bytes for unit in self._units)
-        if weights > budget.pinned_bytes:
-            raise BudgetError(
-                f"weights take {weights} bytes of host memory and pinned={budget.pinned_bytes}: "
-                f"{weights - budget.pinned_bytes} short; raise pinned"
-            )
+        sizes = [unit.size_bytes for unit in self._units]
+        trainable = [_trains(unit) for unit in self._units]
+        self._in_file = filed(sizes, trainable, budget.pinned_bytes, budget.file_bytes, BUFFERS)
         self._starts: list[int] = []
         at = 0
         for unit in self._units:
             self._starts.append(at)
-            at += unit.size_bytes
+            at += 0 if self._in_file[unit.index] else unit.size_bytes
         activations = 0 if budget.activation_bytes == "auto" else int(budget.activation_bytes)
         self.residency = self._plan(self._room_bytes(activations), first=True)
-        self._host: Slab = pinned_slab(weights) if on_cuda else plain_slab(weights, device)
+        make_slab = pinned_slab if on_cuda else _pageable
+        self._files: FiledUnits | None = None
+        self._staging_bytes = 0
+        if any(self._in_file):
+            self._files = self._write_files(make_slab, io)
+        try:
+            self._host: Slab = make_slab(at)
+        except BaseException:
+            if self._files is not None:
+                self._files.close()
+            raise
         self._gradients = HostGradients(
-            self._up_links, budget.pinned_bytes - weights, pinned_slab if on_cuda else _pageable, self.stats_
+            self._up_links, budget.pinned_bytes - at - self._staging_bytes, make_slab, self.stats_
         )
         for unit in self._units:
             self._move_to_host(unit)
@@ -175,10 +193,17 @@ class Tiered:
             "slot_bytes": now.slot_bytes,
             "streamed_bytes_per_pass": now.streamed_bytes,
             "pinned_weight_bytes": self._host.memory_u8.numel(),
+            "pinned_staging_bytes": self._staging_bytes,
+            "file_bytes": sum(unit.size_bytes for unit in self._units if self._in_file[unit.index]),
             "pinned_gradient_bytes": self._gradients.held_bytes,
             "activation_bytes": self.activation_bytes,
             "units": [
-                {"name": unit.name, "bytes": unit.size_bytes, "resident": now.resident[unit.index]}
+                {
+                    "name": unit.name,
+                    "bytes": unit.size_bytes,
+                    "resident": now.resident[unit.index],
+                    "home": "file" if self._in_file[unit.index] else "host",
+                }
                 for unit in self._units
             ],
         }
@@ -186,28 +211,39 @@ class Tiered:
     def stats(self) -> dict[str, int]:
         """Counts so far; see ``Stats``."""
         with self._changed:
+            if self._files is not None:
+                self.stats_.from_file_bytes = self._files.read_bytes
             return asdict(self.stats_)
+
+    @property
+    def closed(self) -> bool:
+        return self._state == "closed"
 
     def close(self) -> None:
         """Take the hooks off and leave every parameter on the host, with its value and gradient. Idempotent.
 
         Raises:
             TierError: a forward is in progress.
+            CorruptTensorError, TierIOError: a file cannot be read back; the module stays tiered.
         """
         with self._changed:
             if self._state == "closed":
                 return
             if self._holders:
                 raise TierError("close: a forward of the module is in progress on some thread; wait for it")
+            homes = {unit.index: self._read_back(unit) for unit in self._units if self._in_file[unit.index]}
             self._state = "closed"
         for hook in self._hooks:
             hook.remove()
         self._down_links.drain()
         self._up_links.drain()
         for unit in self._units:
-            if self.residency.resident[unit.index]:
-                for view, host in unit.views(self._host_bytes(unit)):
-                    host.copy_(view.parameter.data)
+            resident = self.residency.resident[unit.index]
+            if resident or unit.index in homes:
+                home_u8 = homes[unit.index] if unit.index in homes else self._host_bytes(unit)
+                for view, host in unit.views(home_u8):
+                    if resident:
+                        host.copy_(view.parameter.data)
                     _point(view.parameter, host)
         self._slots.clear()
         self._slot_of.clear()
@@ -216,6 +252,8 @@ class Tiered:
         self._host.close()
         for part in self.module.modules():
             _tiered.pop(part, None)
+        if self._files is not None:
+            self._files.close()
 
     def __enter__(self) -> Tiered:
         return self
@@ -242,7 +280,7 @@ class Tiered:
         A trainable unit is placed once and for all: an optimizer keeps its state where the parameter was at the first
         step. With activations still to be measured, nothing stays yet.
         """
-        trainable = [any(parameter.requires_grad for parameter in unit.parameters) for unit in self._units]
+        trainable = [_trains(unit) for unit in self._units]
         movable = [self._measured if first else not trains for trains in trainable]
         costs = [TRAINING_COST if trains else 1.0 for trains in trainable]
         return plan([unit.size_bytes for unit in self._units], room_bytes, self._slots_wanted, costs, movable)
@@ -251,19 +289,65 @@ class Tiered:
         start = self._starts[unit.index]
         return self._host.memory_u8[start : start + unit.size_bytes]
 
+    def _write_files(self, make_slab: Callable[[int], Slab], io: FileIO | None) -> FiledUnits:
+        """Write the units that live in files. No parameter is touched yet, so a folder that fails changes nothing.
+
+        Raises:
+            BudgetError: no folder is named.
+            FolderBusyError, TierError, TierIOError: the folder is in use, missing, or refuses.
+        """
+        if self.budget.dir is None:
+            raise BudgetError(f"file={self.budget.file} needs dir, an existing folder for the files")
+        sizes = {unit.index: unit.size_bytes for unit in self._units if self._in_file[unit.index]}
+        self._staging_bytes = BUFFERS * max(sizes.values())
+        slab = make_slab(self._staging_bytes)
+        try:
+            files = FiledUnits(Path(self.budget.dir), sizes, slab, self._down_links, io)
+        except BaseException:
+            slab.close()
+            raise
+        try:
+            for unit in self._units:
+                if self._in_file[unit.index]:
+                    files.write(unit.index, unit.name, partial(_gather, unit))
+        except BaseException:
+            files.close()
+            raise
+        return files
+
+    def _read_back(self, unit: Unit) -> Tensor:
+        """A unit from its file, verified, in ordinary memory."""
+        assert self._files is not None
+        memory_u8 = torch.empty(unit.size_bytes, dtype=torch.uint8)
+        self._files.read_into(unit.index, memory_u8)
+        return memory_u8
+
     def _move_to_host(self, unit: Unit) -> None:
-        unit_u8 = self._host_bytes(unit)
-        for piece in unit.pieces:
-            source: Any = piece.views[0].parameter.untyped_storage()
-            old_u8 = torch.empty(0, dtype=torch.uint8, device=source.device).set_(source)
-            unit_u8[piece.start : piece.start + piece.size_bytes].copy_(old_u8)
-            whole_u8 = unit_u8[piece.start : piece.start + piece.size_bytes]
-            for view in piece.views:
-                gradient = view.parameter.grad
-                view.parameter.grad = None
-                _point(view.parameter, view.over(whole_u8))
-                if gradient is not None:
-                    view.parameter.grad = gradient.to("cpu" if self.device.type == "cuda" else self.device)
+        in_file = self._in_file[unit.index]
+        if not in_file:
+            _gather(unit, self._host_bytes(unit))
+        for view, host in self._at_rest(unit):
+            gradient = view.parameter.grad
+            view.parameter.grad = None
+            _point(view.parameter, host)
+            if gradient is not None and not in_file:
+                view.parameter.grad = gradient.to("cpu" if self.device.type == "cuda" else self.device)
+
+    def _at_rest(self, unit: Unit) -> list[tuple[View, Tensor]]:
+        """What each parameter looks at while nobody runs: its host copy, or nothing where it lies in a file."""
+        if self._in_file[unit.index]:
+            return [(view, torch.empty(0, dtype=view.dtype)) for piece in unit.pieces for view in piece.views]
+        return unit.views(self._host_bytes(unit))
+
+    def _source(self, unit: Unit) -> Tensor:
+        """The unit's bytes in host memory; from a file this waits for its read. ``_copied`` must follow the copy."""
+        if self._files is not None and self._in_file[unit.index]:
+            return self._files.take(unit.index)
+        return self._host_bytes(unit)
+
+    def _copied(self, unit: Unit, marks: Marks) -> None:
+        if self._files is not None and self._in_file[unit.index]:
+            self._files.copied(unit.index, marks)
 
     def _buffers_to_device(self) -> None:
         for buffer in self.module.buffers():
@@ -279,7 +363,8 @@ class Tiered:
         for unit in self._units:
             if residency.resident[unit.index]:
                 device_u8 = torch.empty(unit.size_bytes, dtype=torch.uint8, device=self.device)
-                device_u8.copy_(self._host_bytes(unit))
+                device_u8.copy_(self._source(unit))
+                self._copied(unit, ())  # a plain copy is over when it returns
                 for view, there in unit.views(device_u8):
                     _point(view.parameter, there)
                     if view.parameter.grad is not None and view.parameter.grad.device != self.device:
@@ -291,6 +376,11 @@ class Tiered:
         add = self._hooks.append
         add(self.module.register_forward_pre_hook(self._enter_pass, prepend=True))
         add(self.module.register_forward_hook(self._leave_pass, always_call=True))
+        if any(self._in_file):
+            parts: Any = self.module.modules()  # the registration methods of state dicts carry no types
+            for submodule in parts:
+                add(submodule.register_state_dict_post_hook(partial(self._fill_state_dict)))
+                add(submodule.register_load_state_dict_pre_hook(self._refuse_to_load))
         for submodule, units in self._needs.items():
             add(submodule.register_forward_pre_hook(self._enter(units)))
             add(submodule.register_forward_hook(self._leave, always_call=True, prepend=True))
@@ -299,6 +389,11 @@ class Tiered:
         """Hooks on every parameter that wants a gradient by now; freezing and unfreezing between passes is allowed."""
         for unit in self._units:
             for parameter in unit.parameters:
+                if parameter.requires_grad and self._in_file[unit.index]:
+                    raise BudgetError(
+                        f"a parameter of {unit.name} was unfrozen, and files hold frozen ones only: "
+                        f"{unit.size_bytes} bytes of pinned are missing; close(), raise pinned and tier again"
+                    )
                 if parameter.requires_grad and id(parameter) not in self._with_gradient:
                     self._with_gradient.add(id(parameter))
                     tensor: Any = parameter  # its registration methods carry no types
@@ -306,6 +401,22 @@ class Tiered:
                     after = self._gradients.after(parameter, self._is_streamed(unit))
                     self._hooks.append(tensor.register_hook(before))
                     self._hooks.append(tensor.register_post_accumulate_grad_hook(after))
+
+    def _fill_state_dict(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        """Put what lies in files into a state dict, each unit read and verified."""
+        own = [(prefix + name, parameter) for name, parameter in module._parameters.items() if parameter is not None]
+        for unit in self._units:
+            wanted = [(key, p) for key, p in own if any(p is known for known in unit.parameters) and key in state]
+            if self._in_file[unit.index] and wanted:
+                with self._changed:
+                    views = unit.views(self._read_back(unit))
+                state.update({key: value for key, p in wanted for view, value in views if view.parameter is p})
+
+    def _refuse_to_load(self, module: nn.Module, state: Any, prefix: str, *others: Any) -> None:
+        for unit in self._units:
+            for parameter in module._parameters.values():
+                if self._in_file[unit.index] and any(parameter is known for known in unit.parameters):
+                    raise TierError(f"{unit.name} lies in a file; close() the tiers, load, and tier the module again")
 
     def _is_streamed(self, unit: Unit) -> Callable[[], bool]:
         return lambda: not self.residency.resident[unit.index]
@@ -387,6 +498,11 @@ class Tiered:
             if self._bound[index] == 0:
                 for parameter in self._units[index].parameters:
                     self._still_ours(parameter, index)
+            # A thread begins only where the slots suffice for all, also when its first unit is there already: threads
+            # that each hold a part of what they need would wait for each other.
+            while not mine.held and self._holders and not self._room_for_one_more:
+                self.stats_.waits += 1
+                self._changed.wait()
             slot = self._on_device(index, mine.order, waits=mine.held == 0)
             slot.leases += 1
             mine.held += 1
@@ -398,6 +514,11 @@ class Tiered:
             self._bound[index] += 1
             self._prefetch(mine.order)
         self._down_links.compute_wait(slot.ready)
+
+    @property
+    def _room_for_one_more(self) -> bool:
+        """Whether the slots suffice for one more whole call beside those of the threads that hold some."""
+        return (len(self._holders) + 1) * self._depth <= len(self._slots)
 
     def _release(self, index: int, mine: _Local) -> None:
         if self.residency.resident[index]:
@@ -413,13 +534,17 @@ class Tiered:
                 del self._holders[thread]
             self._bound[index] -= 1
             if self._bound[index] == 0:
-                for view, host in self._units[index].views(self._host_bytes(self._units[index])):
+                for view, host in self._at_rest(self._units[index]):
                     _point(view.parameter, host)
             self._changed.notify_all()
 
     def _still_ours(self, parameter: nn.Parameter, index: int) -> None:
         start = self._host_bytes(self._units[index]).data_ptr()
-        if not start <= parameter.data_ptr() < start + self._units[index].size_bytes:
+        if self._in_file[index]:
+            same = parameter.numel() == 0
+        else:
+            same = start <= parameter.data_ptr() < start + self._units[index].size_bytes
+        if not same:
             raise TierError(
                 f"a parameter of {self._units[index].name} was given new data (by .to(), .half() or .data=) while "
                 "tiered; close() first, change the module, and tier it again"
@@ -445,11 +570,13 @@ class Tiered:
         return slot
 
     def _fetch(self, index: int, slot: Slot) -> None:
+        unit = self._units[index]
+        source_u8 = self._source(unit)  # may fail, so before anything changes
         if slot.occupant is not None:
             del self._slot_of[slot.occupant]
-        unit = self._units[index]
         after = slot.settle(self._down_links)
-        slot.ready = self._down_links.copy(slot.memory_u8[: unit.size_bytes], self._host_bytes(unit), after)
+        slot.ready = self._down_links.copy(slot.memory_u8[: unit.size_bytes], source_u8, after)
+        self._copied(unit, slot.ready)
         slot.used = ()
         slot.occupant = index
         slot.touched = -1
@@ -464,9 +591,7 @@ class Tiered:
                 if index in self._slot_of:
                     return self._slot_of[index]
                 idle = [slot for slot in self._slots if slot.idle]
-                # A thread that holds nothing starts a call only where the slots suffice for one more whole call.
-                room = (len(self._holders) + 1) * self._depth <= len(self._slots)
-                if idle and (room or not waits or not self._holders):
+                if idle and (self._room_for_one_more or not waits or not self._holders):
                     best = max(idle, key=lambda slot: self._distance(slot, order))
                     if best.occupant is not None and best.touched < 0:
                         self.stats_.wasted += 1
@@ -494,6 +619,8 @@ class Tiered:
 
     def _prefetch(self, order: Order) -> None:
         """Begin copies of the units expected next, into idle slots whose units are needed later than they."""
+        if self._files is not None:
+            self._files.ahead(self._next_filed(order))
         spare = [slot for slot in self._slots if slot.idle]
         seen: set[int] = set()
         for steps, index in enumerate(order.ahead()):
@@ -510,11 +637,21 @@ class Tiered:
             best = max(spare, key=lambda slot: self._distance(slot, order))
             if best.occupant is not None and order.next_use(best.occupant) <= steps:
                 return
+            if self._files is not None and self._in_file[index] and not self._files.ready(index):
+                return  # to wait for the disk now would hold up what is computed before
             spare.remove(best)
             if best.occupant is not None and best.touched < 0:
                 self.stats_.wasted += 1
             self._fetch(index, best)
             self.stats_.prefetches += 1
+
+    def _next_filed(self, order: Order) -> Iterator[int]:
+        """Units expected next that must be read from files first."""
+        for steps, index in enumerate(order.ahead()):
+            if steps > 4 * len(self._units):
+                return
+            if self._in_file[index] and index not in self._slot_of and not self.residency.resident[index]:
+                yield index
 
     # --- backward --------------------------------------------------------------------------------------------------
 
@@ -620,6 +757,18 @@ def _point(parameter: nn.Parameter, at: Tensor) -> None:
     parameter.data = at
 
 
+def _trains(unit: Unit) -> bool:
+    return any(parameter.requires_grad for parameter in unit.parameters)
+
+
+def _gather(unit: Unit, unit_u8: Tensor) -> None:
+    """Copy the unit's storages from where they are now into ``unit_u8``."""
+    for piece in unit.pieces:
+        source: Any = piece.views[0].parameter.untyped_storage()
+        old_u8 = torch.empty(0, dtype=torch.uint8, device=source.device).set_(source)
+        unit_u8[piece.start : piece.start + piece.size_bytes].copy_(old_u8)
+
+
 def _pageable(size_bytes: int) -> Slab:
     return plain_slab(size_bytes, torch.device("cpu"))
 
@@ -632,6 +781,7 @@ def tier(
     slots: int = 2,
     reads_children: tuple[type[nn.Module], ...] = (),
     links: tuple[Links, Links] | None = None,
+    io: FileIO | None = None,
 ) -> Tiered:
     """Keep the module's weights on the host and bring them to ``device`` as its forward and backward need them.
 
@@ -643,12 +793,14 @@ def tier(
         reads_children: classes of submodules whose forward uses parameters of their children without calling them;
             torch's own are known.
         links: stand-ins for tests: to the device, and back.
+        io: stand-in for tests: the system calls of the files.
 
     Returns:
         the handle. ``close`` (or leaving it as a context manager) undoes it.
 
     Raises:
         BudgetError: too small, by how many bytes, and which knob.
+        FolderBusyError, TierIOError: the folder of ``budget.dir`` is in use, or refuses; nothing has moved.
         TierError: the module, or a part of it, is tiered already.
         Unsupported: parameters that cannot be moved as bytes, or a torch without what this needs.
     """
@@ -657,7 +809,7 @@ def tier(
     for part in module.modules():
         if part in _tiered:
             raise TierError(f"{type(part).__name__} is tiered already; close() its handle first")
-    handle = Tiered(module, budget, torch.device(device), slots, reads_children, links)
+    handle = Tiered(module, budget, torch.device(device), slots, reads_children, links, io)
     for part in module.modules():
         _tiered[part] = handle
     return handle

@@ -6,7 +6,16 @@ result's source digest does not change with another family's definitions. Import
 
 from __future__ import annotations
 
-from vbench.reference.ops import attention, block, fetch, fp4, insight, int8, tiers
+from vbench.reference.ops import attention, block, fetch, fp4, insight, int8, offload, tiers
 from vbench.spec import Op
 
-OPS: tuple[Op, ...] = (*fp4.OPS, *attention.OPS, *tiers.OPS, *fetch.OPS, *block.OPS, *int8.OPS, *insight.OPS)
+OPS: tuple[Op, ...] = (
+    *fp4.OPS,
+    *attention.OPS,
+    *tiers.OPS,
+    *fetch.OPS,
+    *offload.OPS,
+    *block.OPS,
+    *int8.OPS,
+    *insight.OPS,
+)

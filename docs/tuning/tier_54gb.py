@@ -1,0 +1,180 @@
+"""Forward and backward of a model that is several times its budget, held against the same model without tiers.
+
+    python docs/tuning/tier_54gb.py [--out FOLDER] [--layers 402 --width 8192 --tokens 512 --gpu 8GiB --pinned 110GB]
+
+The defaults are 402 square bf16 layers of 8192 features: 54.0 GB of weights and as much of gradients. They need a GPU
+of 72 GB or more (139 GB for the timing of the all-resident step too, which is left out where it does not fit) and about
+101 GiB of host memory; page-locking that much takes most of the time (about 20 s per 54 GB on a virtual machine).
+
+Steps: weights are made on the device from seeds and go to the host (``tier``); torch's allocator is then limited to the
+budget, so that a byte more is an out-of-memory error and not a wrong figure; forward and backward run STEPS times; the
+limit is lifted; the same weights are made again from their seeds, all-resident, and output, input gradient, every
+weight and every weight gradient are compared bitwise, layer by layer as the backward reaches them. Prints one line a
+step and the verdict; FOLDER/tier_54gb.json has all of it. Exit code 1 where anything differs or the peak is above the
+budget. With ``--device cpu`` and small sizes it tests itself: no limit, no peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vbench.kernels.tiers.budget import Budget, parse_bytes
+from vbench.kernels.tiers.offload import LinearStack
+from vbench.kernels.tiers.tiered import tier
+from vbench.reference.offload import Weights
+
+STEPS = 3
+
+
+class Clock:
+    """Seconds of named stretches of work, device included."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self.took_s: dict[str, float] = {}
+
+    def __call__(self, name: str, work: Callable[[], Any]) -> Any:
+        self._synchronize()
+        began = time.perf_counter()
+        result = work()
+        self._synchronize()
+        self.took_s[name] = time.perf_counter() - began
+        print(f"{name}: {self.took_s[name]:.3f} s", flush=True)
+        return result
+
+    def _synchronize(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+
+
+def step(stack: nn.Module, x: Tensor, dy: Tensor, clock: Clock, name: str) -> tuple[Tensor, Tensor]:
+    """(y, dx) of one forward and backward; the weights' gradients are left in ``p.grad``."""
+    stack.zero_grad(set_to_none=True)
+    leaf = x.detach().requires_grad_()
+    y = clock(f"{name} forward", lambda: stack(leaf))
+    clock(f"{name} backward", lambda: torch.autograd.backward(y, dy))
+    assert leaf.grad is not None
+    return y.detach(), leaf.grad
+
+
+def limit(device: torch.device, size_bytes: int | None) -> None:
+    """Let torch's allocator have ``size_bytes`` of the device, or all of it."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(1.0 if size_bytes is None else size_bytes / total, device)
+
+
+def differences(weights: Weights, x: Tensor, dy: Tensor, tiered: nn.Module, got: tuple[Tensor, Tensor]) -> list[str]:
+    """Names of what is not ``torch.equal`` between the tiered stack and an all-resident one made anew."""
+    found: list[str] = []
+    resident = LinearStack(weights, trainable=True)
+
+    def compare(name: str, theirs: nn.Parameter) -> Callable[[Any], None]:
+        def hook(parameter: Any) -> None:
+            for what, here, there in (
+                ("weight", parameter.detach(), theirs.detach()),
+                ("gradient", parameter.grad, theirs.grad),
+            ):
+                if there is None or here is None or not torch.equal(here, there.to(here.device)):
+                    found.append(f"{what} of {name}")
+            parameter.grad = None  # so that all gradients never lie there at once
+            seen.append(name)
+
+        return hook
+
+    seen: list[str] = []
+    for (name, mine), theirs in zip(resident.named_parameters(), tiered.parameters(), strict=True):
+        anything: Any = mine  # its registration methods carry no types
+        anything.register_post_accumulate_grad_hook(compare(name, theirs))
+    leaf = x.detach().requires_grad_()
+    y = resident(leaf)
+    torch.autograd.backward(y, dy)
+    assert leaf.grad is not None
+    if len(seen) != weights.layers:
+        found.append(f"only {len(seen)} of {weights.layers} layers were compared")
+    for what, here, there in (("y", y.detach(), got[0]), ("dx", leaf.grad, got[1])):
+        if not torch.equal(here, there):
+            found.append(what)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--layers", type=int, default=402)
+    parser.add_argument("--width", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--gpu", default="8GiB")
+    parser.add_argument("--activations", default="5GiB", help="the part of --gpu for activations and gradients")
+    parser.add_argument("--pinned", default="110GB")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, default=None)
+    given = parser.parse_args(argv)
+    device = torch.device(given.device)
+    clock = Clock(device)
+    weights = Weights(given.layers, given.width, 0, given.device)
+    gen = torch.Generator(given.device).manual_seed(1)
+    shape = (given.tokens, given.width)
+    x, dy = (torch.randn(shape, generator=gen, device=device, dtype=torch.bfloat16) for _ in range(2))
+    report: dict[str, Any] = {name: str(value) for name, value in vars(given).items()}
+    report["weight_bytes"] = given.layers * given.width**2 * 2
+    report["torch"] = str(torch.__version__)
+    if device.type == "cuda":
+        report["gpu_name"] = torch.cuda.get_device_name(device)
+
+    stack: LinearStack = clock("make weights", lambda: LinearStack(weights, trainable=True))
+    budget = Budget(gpu=given.gpu, pinned=given.pinned, activations=given.activations)
+    handle = clock("tier", lambda: tier(stack, budget=budget, device=device))
+    report["plan"] = {name: value for name, value in handle.plan().items() if name != "units"}
+    report["resident_layers"] = sum(unit["resident"] for unit in handle.plan()["units"])
+    if device.type == "cuda":
+        limit(device, budget.gpu_bytes)
+        torch.cuda.reset_peak_memory_stats(device)
+    got = step(stack, x, dy, clock, "tiered step 1 (page-locks gradients)")
+    for i in range(1, STEPS):
+        got = step(stack, x, dy, clock, f"tiered step {i + 1}")
+    report["stats"] = handle.stats()
+    report["plan"]["pinned_gradient_bytes"] = handle.plan()["pinned_gradient_bytes"]
+    within = True
+    if device.type == "cuda":
+        report["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+        report["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+        within = report["peak_bytes"] <= parse_bytes(given.gpu)
+        limit(device, None)
+
+    found: list[str] = clock("compare with all-resident", lambda: differences(weights, x, dy, stack, got))
+    report["different"] = found
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else sys.maxsize
+    if free > 2.1 * report["weight_bytes"] + (8 << 30):
+        resident = LinearStack(weights, trainable=True)
+        for i in range(2):
+            step(resident, x, dy, clock, f"all-resident step {i + 1}")
+        del resident
+    else:
+        report["all_resident_step"] = "not timed: weights and gradients do not fit the device"
+    report["took_s"] = clock.took_s
+    handle.close()
+    good = within and not found
+    report["verdict"] = "EQUAL" if good else "DIFFERENT" if found else "OVER_BUDGET"
+    if given.out is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / "tier_54gb.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    peak = f"peak {report['peak_bytes'] / 2**30:.2f} GiB of {given.gpu}; " if "peak_bytes" in report else ""
+    print(
+        f"{report['verdict']}: {report['weight_bytes'] / 1e9:.1f} GB of weights, {peak}"
+        f"{report['resident_layers']} of {given.layers} layers resident, {len(found)} tensors differ {found[:3]}; "
+        f"stats {report['stats']}"
+    )
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
