@@ -103,12 +103,12 @@ CASES: dict[str, dict[str, int | str]] = {
         "host_bytes": 256,
         "file_bytes": 4096,
     },
-    "offload_pass": {"mode": "train", "layers": 3, "width": 32, "tokens": 4, "gpu_bytes": 1 << 16},
     "tier_fetch": {"fmt": "nvfp4", "n": 4, "k": 32},
     "decoder_block": {"family": "llama", "fmt": "nvfp4", "s": 4, "hidden": 32, "hq": 2, "hk": 1, "inner": 64},
     "int8_linear": {"m": 4, "n": 8, "k": 64},
     "svd": {"m": 7, "n": 5},
     "elementwise_chain": {"n": 32, "steps": 4},
+    "offload_pass": {"mode": "train", "layers": 3, "width": 32, "tokens": 4, "gpu_bytes": 1 << 16},
 }
 
 

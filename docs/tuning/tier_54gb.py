@@ -119,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=None)
     given = parser.parse_args(argv)
     device = torch.device(given.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     clock = Clock(device)
     weights = Weights(given.layers, given.width, 0, given.device)
     gen = torch.Generator(given.device).manual_seed(1)
@@ -152,7 +154,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     found: list[str] = clock("compare with all-resident", lambda: differences(weights, x, dy, stack, got))
     report["different"] = found
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else sys.maxsize
+    free = sys.maxsize
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(device)[0]
     if free > 2.1 * report["weight_bytes"] + (8 << 30):
         resident = LinearStack(weights, trainable=True)
         for i in range(2):

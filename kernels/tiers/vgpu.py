@@ -80,7 +80,7 @@ class VGPUStack:
         self._unit_of = {part: self._tiered.unit_of(part.weight) for part in self.linears}
         for linear in self.linears:
             linear._vgpu_stack = self
-            linear.__class__ = VGPUStackLinear
+            _become(linear, VGPUStackLinear)
 
     @property
     def closed(self) -> bool:
@@ -110,8 +110,9 @@ class VGPUStack:
         """
         self._tiered.close()
         for linear in self.linears:
+            # A layer whose class is another by now was changed by somebody else, who must undo that.
             if type(linear) is VGPUStackLinear:
-                linear.__class__ = nn.Linear
+                _become(linear, nn.Linear)
                 del linear._vgpu_stack
 
     def __enter__(self) -> VGPUStack:
@@ -119,3 +120,8 @@ class VGPUStack:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _become(layer: Any, kind: type[nn.Linear]) -> None:
+    """Change a layer's class and nothing else of it."""
+    layer.__class__ = kind
