@@ -20,7 +20,7 @@ from vbench.backend import Device, Kernel, Launch
 from vbench.errors import Unsupported
 from vbench.spec import Case, Numerics
 
-VARIANTS = ("all_resident", "double_buffer")
+VARIANTS = ("all_resident", "double_buffer", "fsdp2")
 GRADIENTS = ("dx", "dw_first", "dw_middle", "dw_last")
 SLOTS = 2
 #: The op is judged bitwise.
@@ -46,6 +46,10 @@ def make(case: Case, variant: str, device: Device) -> Kernel:
         raise Unsupported("unknown_variant", f"{variant!r} is not one of {', '.join(VARIANTS)}")
     if variant == "all_resident":
         return AllResident(case)
+    if variant == "fsdp2":
+        from vbench.kernels.peers import offload_fsdp
+
+        return offload_fsdp.make(case, variant, device)
     if case.text("mode") != "forward":
         raise Unsupported("forward_only", "double_buffer has no backward; take all_resident for mode=train")
     needed, room = SLOTS * case.axis("width") ** 2 * BF16_BYTES, case.axis("gpu_bytes")

@@ -47,7 +47,7 @@ BACKEND = DeclaredBackend(
         "attention_backward": ("sdpa_math", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient"),
         "tier_stack": ("all_resident",),
         "tier_fetch": ("copy_decode",),
-        "offload_pass": ("all_resident", "double_buffer"),
+        "offload_pass": ("all_resident", "double_buffer", "fsdp2"),
         "decoder_block": ("cublas", "eager_dequant"),
         "int8_linear": ("int_mm", "eager_dequant"),
         "svd": ("device", "host"),
