@@ -111,7 +111,7 @@ def filed(
 ) -> tuple[bool, ...]:
     """Which units lie in files, as few bytes as may be: all host memory, and ``buffers`` of the largest filed unit.
 
-    Trainable units stay in host memory, where their optimizer steps.
+    Trainable units stay in host memory, where their optimizer steps, and room for their gradients is kept beside them.
 
     Raises:
         BudgetError: host memory or files are too small; says by how many bytes.
@@ -124,10 +124,10 @@ def filed(
             f"weights take {total} bytes of host memory and pinned={pinned_bytes}: {total - pinned_bytes} short; "
             "raise pinned, or give file and dir"
         )
-    fixed = sum(size for size, trains in zip(sizes_bytes, trainable, strict=True) if trains)
+    fixed = 2 * sum(size for size, trains in zip(sizes_bytes, trainable, strict=True) if trains)
     if fixed > pinned_bytes:
         raise BudgetError(
-            f"trainable weights take {fixed} bytes of host memory (files hold frozen ones only) and "
+            f"trainable weights and their gradients take {fixed} host bytes (files hold frozen ones only) and "
             f"pinned={pinned_bytes}: {fixed - pinned_bytes} short; raise pinned, or freeze parameters"
         )
     frozen = [size for size, trains in zip(sizes_bytes, trainable, strict=True) if not trains]
