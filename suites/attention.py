@@ -67,6 +67,10 @@ def _checks() -> tuple[Case, ...]:
             op.case(dtype=dtype, causal=causal, layout="padded", hq=2, hk=1, sq=9, sk=5, d=6)
             for dtype, causal in zip(DTYPES, ("bottom_right", "top_left", "none"), strict=True)
         ),
+        *(
+            op.case(dtype=dtype, causal=causal, hq=2, hk=1, sq=sq, sk=sk, d=d)
+            for dtype, d, causal, sq, sk in MATRIX_UNIT_SHAPES
+        ),
         # What must be refused.
         op.case(hq=3, hk=2, sq=4, sk=4, d=16),
         op.case(hq=1, hk=1, sq=0, sk=4, d=16),
@@ -79,9 +83,22 @@ def _checks() -> tuple[Case, ...]:
     )
 
 
+#: (dtype, d, causal, sq, sk): head dims and dtypes that kernels of matrix units are made for, with tails.
+MATRIX_UNIT_SHAPES = (
+    ("bf16", 64, "none", 70, 130),
+    ("bf16", 128, "bottom_right", 65, 129),
+    ("fp16", 64, "top_left", 128, 64),
+    ("fp16", 128, "none", 64, 33),
+)
+
+
 def _backward_checks() -> tuple[Case, ...]:
     case = backward.case
     return (
+        *(
+            case(dtype=dtype, causal=causal, dlse=1, hq=2, hk=1, sq=sq, sk=sk, d=d)
+            for dtype, d, causal, sq, sk in MATRIX_UNIT_SHAPES
+        ),
         # Both alignments, longer and shorter queries; keys that no query sees, queries that see no key.
         *(
             case(dtype=dtype, causal=causal, hq=2, hk=2, sq=sq, sk=sk, d=16)
