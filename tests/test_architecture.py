@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CONTRACT = {"vbench.spec", "vbench.record", "vbench.errors", "vbench.backend"}
+CONTRACT = {"vbench.spec", "vbench.record", "vbench.errors", "vbench.backend", "vbench.control"}
+TAMPERED = {"vbench.check", "vbench.timing"}
 HEAVY = {"torch", "triton", "numba", "numpy", "pandas", "tabulate", "rich", "hypothesis", "matplotlib"}
-SIBLINGS = ("vbench.kernels", "vbench.reference", "vbench.suites", "vbench.results")
+SIBLINGS = ("vbench.kernels", "vbench.reference", "vbench.suites", "vbench.results", "vbench.controls")
 
 
 def imports(path: Path, *, top_level_only: bool) -> Iterator[str]:
@@ -57,6 +58,9 @@ def violations(area: str, path: Path) -> list[str]:
     elif area == "suites":
         bad += sorted(outside(everywhere, CONTRACT | {"vbench.suites", "vbench.reference.ops"}))
         bad += sorted(n for n in everywhere if n.split(".")[0] in HEAVY - {"hypothesis"})
+    elif area == "controls":
+        # Its kernels attack the comparison and the clock, so those two may be imported to be tampered with.
+        bad += sorted(outside(everywhere, CONTRACT | {"vbench.controls", "vbench.reference", *TAMPERED}))
     elif area == "virtual":
         bad += sorted(outside(everywhere, CONTRACT | {"vbench.kernels"}))
     else:
@@ -70,6 +74,7 @@ def areas() -> list[tuple[str, Path]]:
         found.append(("contract" if f"vbench.{path.stem}" in CONTRACT else "harness", path))
     found += [("reference", p) for p in sorted((ROOT / "reference").rglob("*.py"))]
     found += [("suites", p) for p in sorted((ROOT / "suites").rglob("*.py"))]
+    found += [("controls", p) for p in sorted((ROOT / "tests" / "controls").rglob("*.py"))]
     for folder in sorted(p for p in (ROOT / "kernels").iterdir() if p.is_dir()):
         found += [(folder.name, p) for p in sorted(folder.rglob("*.py"))]
     return found
@@ -94,6 +99,8 @@ def test_arrows(area: str, path: Path) -> None:
         ("triton", "from vbench.reference.fp4 import quantize"),
         ("triton", "from vbench.kernels.tiers import stack"),
         ("triton", "import vbench.runner"),
+        ("controls", "import vbench.worker"),
+        ("controls", "from vbench.kernels.triton import linear"),
         ("virtual", "import vbench.runner"),
         ("virtual", "from vbench.reference import fp4"),
         ("tiers", "from vbench.kernels.virtual import shapes"),
@@ -106,6 +113,7 @@ def test_a_forbidden_arrow_is_seen(tmp_path: Path, area: str, code: str) -> None
 
 
 def test_siblings_are_links_so_that_they_import_as_subpackages() -> None:
-    for name in ("kernels", "reference", "suites", "results"):
+    targets = {name: Path("..") / name for name in ("kernels", "reference", "suites", "results")}
+    for name, target in (targets | {"controls": Path("..") / "tests" / "controls"}).items():
         link = ROOT / "vbench" / name
-        assert link.is_symlink() and link.readlink() == Path("..") / name
+        assert link.is_symlink() and link.readlink() == target

@@ -24,8 +24,8 @@ FROZEN = {
     "baseline update": "runs --baseline --document --ledger --out --write --json",
     "report": "run --output --out",
     "roofline": "--device --only --folder --out --json",
-    "selftest": "--aa --simulated --suite --op --case --backend --device --cases --skip --pairs --limit-s --join "
-    "--seed --out --json",
+    "selftest": "--control --aa --simulated --suite --op --case --backend --device --cases --skip --pairs --limit-s "
+    "--join --seed --out --json",
     "claims list": "--records --ledger --json",
     "claims check": "document --records --ledger --json",
     "claims update": "document --records --ledger --json",

@@ -22,6 +22,7 @@ WANTED = (
     "vbench/kernels/tiers/stack.py",
     "vbench/reference/ops/fp4.py",
     "vbench/suites/fp4.py",
+    "vbench/controls/products.py",
     "vbench/suites/virtual_blackwell/claims.toml",
     "vbench/templates/report.html.j2",
     "vbench/py.typed",
@@ -89,6 +90,9 @@ def use(environment: Path, folder: Path) -> None:
     if not Path(folder / summary["records"]).is_file():
         refuse(f"no records in {summary['records']}")
     vbench(environment, folder, "run", "--suite", "fp5", code=2)
+    proved = json.loads(vbench(environment, folder, "selftest", "--control", "write_past_end", "--json"))
+    if proved["caught"] != 1 or proved["twins_accused"]:
+        refuse(f"vbench selftest: {proved}")
     # No compiler is a dependency: to find none is no success.
     vbench(environment, folder, "run", "--suite", "compile", code=3)
     print(f"wheel: {sum(summary['outcomes'].values())} jobs from an empty folder, {summary['outcomes']}")

@@ -52,9 +52,14 @@ def add_commands(commands: Any) -> None:
     update.add_argument("--write", action="store_true", help="write after the diff was reviewed")
     update.add_argument("--json", action="store_true", help="print JSON")
 
-    selftest = commands.add_parser("selftest", help="our own false-alarm rate and power, measured or simulated")
+    selftest = commands.add_parser(
+        "selftest", help="kernels wrong on purpose must be caught; --aa: our own false-alarm rate and power"
+    )
     selftest.add_argument(
-        "--aa", action="store_true", required=True, help="identical code on both sides, and slowdowns"
+        "--control", action="append", default=[], metavar="NAME", help="without --aa: this control; repeatable; all"
+    )
+    selftest.add_argument(
+        "--aa", action="store_true", help="identical code on both sides, and slowdowns, measured or simulated"
     )
     selftest.add_argument("--simulated", action="store_true", help="on simulated noisy machines; needs no GPU")
     selftest.add_argument(
@@ -148,6 +153,14 @@ def _baseline(arguments: argparse.Namespace) -> int:
 
 
 def _selftest(arguments: argparse.Namespace) -> int:
+    if not arguments.aa:
+        if arguments.simulated or arguments.join:
+            raise UsageError("selftest: --simulated and --join go with --aa")
+        from vbench.attack_command import selftest_command
+
+        return selftest_command(arguments.control, arguments.device, arguments.out, as_json=arguments.json)
+    if arguments.control:
+        raise UsageError("selftest: --control goes without --aa")
     from vbench import compare_commands
 
     if arguments.simulated:

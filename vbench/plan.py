@@ -26,7 +26,10 @@ ARITHMETIC = "arithmetic"
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One case on one backend: leaves exactly one Record. ``compiles``: by a worker in the place ``compile``."""
+    """One case on one backend: leaves exactly one Record. ``compiles``: by a worker in the place ``compile``.
+
+    ``thorough`` consults every one of ``check.ORACLES`` but those in ``off``; without it the costly ones are left out.
+    """
 
     kind: Kind
     suite: str
@@ -39,6 +42,8 @@ class Job:
     source: str = ""
     device: Literal["cuda", "any"] = "any"
     compiles: bool = False
+    thorough: bool = False
+    off: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[str, str, str, str]:

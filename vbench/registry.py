@@ -12,16 +12,18 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 from vbench.errors import UsageError
-from vbench.spec import Op, Suite
+from vbench.spec import Case, Law, Op, Suite
 
 OWN_DISTRIBUTION = "vbench-kernels"
+#: Entry points of ``vbench.control.Corpus`` objects; no run takes them up.
+CONTROLS = "vbench.controls"
 ROLES = ("own", "peer", "subject")
 DESCRIBE_DEADLINE_S = 60.0
 
@@ -138,10 +140,11 @@ def _describe_in_child(entry: EntryPoint) -> BackendInfo:
 
 
 def find_entry(name: str, distribution: str) -> EntryPoint:
-    """The backend entry point that a distribution registers under ``name``."""
-    for entry in _entries("vbench.backends"):
-        if entry.name == name and _distribution(entry) == distribution:
-            return entry
+    """The backend entry point, or that of a corpus of controls, that a distribution registers under ``name``."""
+    for group in ("vbench.backends", CONTROLS):
+        for entry in _entries(group):
+            if entry.name == name and _distribution(entry) == distribution:
+                return entry
     raise UsageError(f"no backend {name!r} of distribution {distribution!r} is installed")
 
 
@@ -159,6 +162,29 @@ def backends() -> dict[str, BackendInfo]:
         else:
             found[entry.name] = _describe_in_child(entry)
     return found
+
+
+def corpora() -> dict[str, tuple[BackendInfo, Any]]:
+    """Every registered corpus of controls by name, with its object; imported here, torch and all.
+
+    Raises:
+        UsageError: one cannot be loaded: a self-test must not shrink in silence.
+    """
+    found: dict[str, tuple[BackendInfo, Any]] = {}
+    for entry in _entries(CONTROLS):
+        info, corpus = load_backend(entry)
+        if info.problem:
+            raise UsageError(f"controls {entry.name!r} of {info.distribution}: {info.problem}: {info.detail}")
+        if entry.name in found:
+            raise UsageError(f"controls {entry.name!r} are registered by {info.distribution} too; rename one")
+        found[entry.name] = (info, corpus)
+    return found
+
+
+def laws_of(op: str) -> Callable[[Case, dict[str, Any]], Iterable[Law]]:
+    """The laws of an operation, all those registered for it; imported here, torch and all. Without any: none apply."""
+    functions = [entry.load() for entry in _entries("vbench.laws") if entry.name == op]
+    return lambda case, inputs: (law for function in functions for law in function(case, inputs))
 
 
 @dataclass(frozen=True, slots=True)

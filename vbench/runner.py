@@ -330,7 +330,15 @@ class Run:
         if job.kind == "time" and probe is not None and probe.reason != "native":
             detail = f"{probe.reason} here: run for its meaning, never for its speed"
             return self._record(job, Outcome.UNAVAILABLE, "needs_cuda", detail)
-        request = {"kind": job.kind, "op": job.op, "case": job.case, "variant": job.variant, "role": job.role}
+        request: dict[str, Any] = {
+            "kind": job.kind,
+            "op": job.op,
+            "case": job.case,
+            "variant": job.variant,
+            "role": job.role,
+        }
+        if job.thorough:
+            request |= {"thorough": True, "off": list(job.off)}
         if self.starts.get(job.key, 0) >= MOST_STARTS:
             detail = (
                 f"begun {self.starts[job.key]} times, and each time the run was killed before it ended; not tried again"

@@ -173,6 +173,27 @@ class Expected:
 
 
 @dataclass(frozen=True, slots=True)
+class Law:
+    """What must hold between two runs of a kernel, whatever the right answer is.
+
+    An entry point of group ``vbench.laws``, named for an op, is a function ``(case, inputs) -> Iterable[Law]`` that
+    gives those that apply to the case.
+
+    Args:
+        name: stable code, shown where it is broken.
+        case, inputs: the second run's; the first is the case that was checked.
+        broken: ``(outputs of the first, outputs of the second) -> str``: what does not hold, ``""`` if it does.
+        declared: holds only for kernels that declare this attribute true; ``""``: for every kernel.
+    """
+
+    name: str
+    case: Case
+    inputs: dict[str, Any]
+    broken: Callable[[Mapping[str, Any], Mapping[str, Any]], str]
+    declared: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Op:
     """A named meaning.
 

@@ -18,14 +18,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from vbench import blocks, check, environment, gate, machine_code, registry, sources, timing
+from vbench import blocks, check, environment, fence, gate, integrity, machine_code, registry, sources, timing
 from vbench.backend import Configuration, Device, Kernel, Place
 from vbench.errors import CaseError, Unsupported
 from vbench.monitor import Monitor, NoMonitor, open_monitor, peak_while
 from vbench.plan import BATTERY
 from vbench.record import Measurement, Outcome
 from vbench.roofline import case_floor_s
-from vbench.spec import Case, Expected, Numerics, Op, resolve
+from vbench.spec import Case, Expected, Law, Numerics, Op, resolve
 
 #: Rows of a timed case compared with the oracle; check cases are compared whole.
 TIMED_ROWS = 256
@@ -63,11 +63,13 @@ class Worker:
         self.device: Device = "cuda" if place == "cuda" else "cpu"
         self.ops = registry.ops()
         self.backend: Any = None
+        self._captured = integrity.capture()
         self.info: registry.BackendInfo | None = None
         if name != BATTERY:
             self.info, self.backend = registry.load_backend(registry.find_entry(name, distribution))
             if self.backend is None:
                 raise SystemExit(f"{self.info.problem}: {self.info.detail}")
+            self.ops |= {op.name: op for op in getattr(self.backend, "defines", ())}
         self._available: Any = None
         self._monitor: Monitor | NoMonitor | None = None
         self._open: blocks.OpenCell | None = None
@@ -123,7 +125,16 @@ class Worker:
         if kind == "open":
             result = self.open(op, case, kernel, request["rows"])
         else:
-            result = self._measure(op, case, kernel, timed=kind == "time", role=request["role"])
+            off = frozenset(request.get("off", ())) if request.get("thorough") else check.EXTRA
+            result = self._measure(
+                op,
+                case,
+                kernel,
+                timed=kind == "time",
+                role=request["role"],
+                off=off,
+                make=lambda other: factory(other, request["variant"], self.device),
+            )
         result.numerics = asdict(kernel.numerics)
         result.sources = digest
         return result
@@ -193,17 +204,39 @@ class Worker:
         inputs = resolve(op.inputs)(case, self.device)
         return inputs, resolve(op.oracle)(case, inputs, numerics, max_rows)
 
-    def _measure(self, op: Op, case: Case, kernel: Kernel, *, timed: bool, role: str) -> Result:
-        if role == "own":
-            missing = [o.name for o in op.outputs if o.name not in kernel.produces]
-            if missing:
-                return Result(Outcome.INVALID, "missing_outputs", f"an own kernel gives all outputs; no {missing}")
-            if kernel.numerics.accumulate not in OWN_ACCUMULATE:
-                detail = f"accumulate={kernel.numerics.accumulate} is coarser than an own kernel may declare"
-                return Result(Outcome.INVALID, "coarse_numerics", detail)
+    def _measure(
+        self,
+        op: Op,
+        case: Case,
+        kernel: Kernel,
+        *,
+        timed: bool,
+        role: str,
+        off: frozenset[str] = check.EXTRA,
+        make: Callable[[Case], Kernel] | None = None,
+    ) -> Result:
+        """Check one bound case, and time it.
+
+        Args:
+            off: names of ``check.ORACLES`` not consulted.
+            make: a kernel like ``kernel`` for another case of the op; needed for laws.
+        """
+        # What a job that died of an exception left patched is not this one's doing.
+        self._captured.altered()
+        refused = self._declarations(op, kernel, off) if role == "own" else None
+        if refused is not None:
+            return refused
         inputs, expected = self._expected(op, case, kernel.numerics, TIMED_ROWS if timed else None)
+        fences: dict[str, list[fence.Fence]] = {}
+        out = self._outputs(expected, off)
+        if not timed:
+            inputs, out, fences = _fenced(inputs, out, off)
         before = [t.clone() for t in check.tensors_of(inputs)]
-        out = check.poisoned(expected, self.device)
+        own = role == "own"
+
+        def judge(outputs: Mapping[str, Any]) -> check.Judgement:
+            return check.judge_outputs(outputs, expected, kernel.produces, contiguous=own, off=off)
+
         self._synchronize()
         began = time.perf_counter()
         launch = kernel.bind(inputs, out)
@@ -211,7 +244,7 @@ class Worker:
         prepare_s = time.perf_counter() - began
         # The first launch compiles what bind did not; its memory and time are not the steady state's.
         outputs, first_launch_s = self._launched(launch, out)
-        judged = check.judge_outputs(outputs, expected, kernel.produces)
+        judged = judge(outputs)
         result = Result(
             judged.outcome, judged.reason, judged.detail, prepare_s=prepare_s, first_launch_s=first_launch_s
         )
@@ -220,30 +253,166 @@ class Worker:
         if op.metrics is not None and shaped and (op.metrics_when_timed or not timed):
             result.metrics = resolve(op.metrics)(case, inputs, outputs, expected)
         for old, new in zip(before, check.tensors_of(inputs), strict=True):
-            if not check.same_bits(old, new):
+            if "inputs_unchanged" not in off and not check.same_bits(old, new):
                 result.outcome, result.reason = Outcome.MUTATED_INPUT, "input_changed"
                 result.detail = f"an input of shape {tuple(old.shape)} was written to"
                 return result
         if judged.outcome is Outcome.PASSED:
             first = {name: outputs[name].clone() for name in kernel.produces}
-            for t in out.values():
-                check.poison(t)
-            again, result.steady_launch_s = self._launched(launch, out)
-            second = check.judge_outputs(again, expected, kernel.produces)
-            if second.outcome is not Outcome.PASSED:
-                result.outcome, result.reason, result.detail = second.outcome, "second_run", second.detail
-            elif kernel.deterministic and not all(check.same_bits(first[n], again[n]) for n in kernel.produces):
-                result.outcome, result.reason = Outcome.NONDETERMINISTIC, "rerun_differs"
-                result.detail = "two runs on the same inputs differ though the kernel declares itself deterministic"
+            self._rerun(kernel, launch, out, first, judge, off, result)
+            breach = "" if "red_zones" in off else fence.first_breach(fences)
+            if breach:
+                result.outcome, result.reason, result.detail = Outcome.OUT_OF_BOUNDS, "red_zone", breach
+            if result.outcome is Outcome.PASSED and not timed:
+                self._beyond(op, case, kernel, inputs, out, expected, first, off, make, result)
         if timed and (result.outcome is Outcome.PASSED or role != "own"):
             del before
             if self.device == "cuda":
                 self._peaks(launch, out, self.monitor(), result)
             self._time(op, case, kernel, inputs, expected, launch, result)
-            if role == "own" and result.outcome is not Outcome.PASSED:
-                # Wrong only once it was timed: such a time is none, and a record would refuse it.
-                result.measurements = ()
+            if "after_timing" not in off and result.outcome is Outcome.PASSED:
+                self._after_timing(launch, out, judge, result)
+        altered = self._captured.altered()
+        if altered and "patched" not in off:
+            result.outcome, result.reason = Outcome.INVALID, "patched"
+            result.detail = f"{', '.join(altered)} changed while the kernel ran; what was measured with them is void"
+        if own and result.outcome is not Outcome.PASSED:
+            # Wrong only once it was timed: such a time is none, and a record would refuse it.
+            result.measurements = ()
         return result
+
+    def _declarations(self, op: Op, kernel: Kernel, off: frozenset[str]) -> Result | None:
+        """What an own kernel may not even declare."""
+        missing = [o.name for o in op.outputs if o.name not in kernel.produces]
+        if missing and "produces" not in off:
+            return Result(Outcome.INVALID, "missing_outputs", f"an own kernel gives all outputs; no {missing}")
+        if kernel.numerics.accumulate not in OWN_ACCUMULATE and "precision" not in off:
+            detail = f"accumulate={kernel.numerics.accumulate} is coarser than an own kernel may declare"
+            return Result(Outcome.INVALID, "coarse_numerics", detail)
+        return None
+
+    def _outputs(self, expected: Mapping[str, Expected], off: frozenset[str]) -> dict[str, Any]:
+        """Poisoned outputs; with ``poison`` off, such as an allocator gives that hands out the reference's memory."""
+        out = check.poisoned(expected, self.device)
+        if "poison" in off:
+            for name, want in expected.items():
+                if want.take is None or tuple(want.value.shape) == want.shape:
+                    out[name].copy_(want.value.to(want.dtype))
+        return out
+
+    def _rerun(
+        self,
+        kernel: Kernel,
+        launch: Callable[[], Any],
+        out: dict[str, Any],
+        first: dict[str, Any],
+        judge: Callable[[Mapping[str, Any]], check.Judgement],
+        off: frozenset[str],
+        result: Result,
+    ) -> None:
+        """A second launch into outputs poisoned anew: right again, and bitwise the same where so declared."""
+        for t in out.values() if "poison" not in off else ():
+            check.poison(t)
+        again, result.steady_launch_s = self._launched(launch, out)
+        second = judge(again)
+        if second.outcome is not Outcome.PASSED and "rerun" not in off:
+            result.outcome, result.reason, result.detail = second.outcome, "second_run", second.detail
+        elif (
+            kernel.deterministic
+            and "rerun_bitwise" not in off
+            and not all(check.same_bits(first[n], again[n]) for n in kernel.produces)
+        ):
+            result.outcome, result.reason = Outcome.NONDETERMINISTIC, "rerun_differs"
+            result.detail = "two runs on the same inputs differ though the kernel declares itself deterministic"
+
+    def _after_timing(
+        self,
+        launch: Callable[[], Any],
+        out: dict[str, Any],
+        judge: Callable[[Mapping[str, Any]], check.Judgement],
+        result: Result,
+    ) -> None:
+        """What the last timed launch left in our outputs, and one launch more into poisoned ones."""
+        last = judge(out)
+        for t in out.values():
+            check.poison(t)
+        again, _ = self._launched(launch, out)
+        # A kernel that gives tensors of its own leaves ours as they were poisoned.
+        after = last if again is out and last.outcome is not Outcome.PASSED else judge(again)
+        if after.outcome is not Outcome.PASSED:
+            result.outcome, result.reason, result.detail = after.outcome, "after_timing", after.detail
+
+    def _beyond(
+        self,
+        op: Op,
+        case: Case,
+        kernel: Kernel,
+        inputs: dict[str, Any],
+        out: dict[str, Any],
+        expected: Mapping[str, Expected],
+        first: dict[str, Any],
+        off: frozenset[str],
+        make: Callable[[Case], Kernel] | None,
+        result: Result,
+    ) -> None:
+        """The checks of ``check.EXTRA``, each of which costs a draw or a launch; the first that fails ends them."""
+        if "battery" not in off:
+            _, previous = self._expected(op, replace(case, seed=case.seed + 1), kernel.numerics, None)
+            survivors, _ = check.trivial_survivors(inputs, expected, previous)
+            if survivors:
+                result.outcome, result.reason = Outcome.WRONG_VALUE, "trivial_kernel_passes"
+                result.detail = f"the comparison lets {', '.join(survivors)} pass too"
+                return
+        if make is not None and not {"laws", "batch_invariance"} <= off:
+            for law in registry.laws_of(op.name)(case, inputs):
+                needed = "batch_invariance" if law.declared else "laws"
+                if needed in off or (law.declared and not getattr(kernel, law.declared, False)):
+                    continue
+                found = law.broken(first, self._law(op, make(law.case), law, off))
+                if found:
+                    # What a kernel declares is promised of bits between runs, not of values.
+                    result.outcome = Outcome.NONDETERMINISTIC if law.declared else Outcome.WRONG_VALUE
+                    result.reason, result.detail = needed, f"{law.name}: {found}"
+                    return
+        if "rebind" not in off:
+            self._rebind(op, case, kernel, inputs, out, off, result)
+
+    def _law(self, op: Op, kernel: Kernel, law: Law, off: frozenset[str]) -> dict[str, Any]:
+        """Outputs of a law's second run."""
+        expected = resolve(op.oracle)(law.case, law.inputs, kernel.numerics, None)
+        inputs, out, _ = _fenced(law.inputs, self._outputs(expected, off), off)
+        outputs, _ = self._launched(kernel.bind(inputs, out), out)
+        return outputs
+
+    def _rebind(
+        self,
+        op: Op,
+        case: Case,
+        kernel: Kernel,
+        inputs: dict[str, Any],
+        out: dict[str, Any],
+        off: frozenset[str],
+        result: Result,
+    ) -> None:
+        """The same addresses with other values, bound anew: what a kernel remembers by address is stale.
+
+        Cases whose next draw has other shapes or values that are no tensors are left out.
+        """
+        other = replace(case, seed=case.seed + 1)
+        fresh, expected = self._expected(op, other, kernel.numerics, None)
+        plain = all(hasattr(v, "shape") for v in inputs.values())
+        if not plain or any(inputs[n].shape != fresh[n].shape for n in inputs):
+            return
+        for name, t in inputs.items():
+            if 0 in t.stride():
+                return
+            t.copy_(fresh[name])
+        for name, t in self._outputs(expected, off).items():
+            out[name].copy_(t)
+        outputs, _ = self._launched(kernel.bind(inputs, out), out)
+        judged = check.judge_outputs(outputs, expected, kernel.produces, off=off)
+        if judged.outcome is not Outcome.PASSED:
+            result.outcome, result.reason, result.detail = judged.outcome, "rebound_inputs", judged.detail
 
     def _time(
         self,
@@ -372,6 +541,20 @@ class Worker:
             return int(torch.ones(8, device="cuda").sum()) == 8
         except RuntimeError:
             return False
+
+
+def _fenced(
+    inputs: dict[str, Any], out: dict[str, Any], off: frozenset[str]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, list[fence.Fence]]]:
+    """Inputs and outputs between red zones, and these by group.
+
+    With ``red_zones`` off they are there all the same, but harmless: what a kernel does must not change.
+    """
+    harmless = "red_zones" in off
+    fences: dict[str, list[fence.Fence]] = {"input": [], "output": []}
+    inputs = fence.fenced(inputs, 0 if harmless else fence.INPUT_FILL, fences["input"])
+    out = fence.fenced(out, 0 if harmless else fence.OUTPUT_FILL, fences["output"])
+    return inputs, out, fences
 
 
 def outcome_of(error: BaseException) -> tuple[Outcome, str]:

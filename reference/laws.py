@@ -1,0 +1,131 @@
+"""Laws: what must hold between two runs of any kernel, whatever the right answer is. No oracle and no budget is needed.
+
+A law applies where it is bitwise true of every honest kernel: scaling by a power of two commutes with every rounding
+but at the ends of the exponent's range, and what is masked or belongs to another head is never multiplied in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbench.reference.attention import ScoreRule, lay_out
+from vbench.reference.fp4 import dequantize
+from vbench.spec import Case, Law
+
+Outputs = Mapping[str, Any]
+
+
+def _with(case: Case, **values: int) -> Case:
+    """``case`` with other axes."""
+    return replace(case, params=tuple((name, values.get(name, value)) for name, value in case.params))
+
+
+def _differ(got: Tensor, want: Tensor, what: str) -> str:
+    """Where two tensors are not bitwise the same (NaN equals NaN)."""
+    same = (got == want) | (torch.isnan(got) & torch.isnan(want))
+    if bool(same.all()):
+        return ""
+    at = tuple(int(i) for i in (~same).nonzero()[0])
+    return f"{what}: {int((~same).sum())} of {same.numel()} elements differ, the first at {at}"
+
+
+def _doubled(name: str) -> Callable[[Outputs, Outputs], str]:
+    """Output ``name`` of the second run is twice the first's, where both are normal numbers."""
+
+    def broken(first: Outputs, second: Outputs) -> str:
+        a, b = first[name], second[name]
+        info = torch.finfo(a.dtype)
+        # Intermediate sums of the same magnitude may be subnormal in float32 too, so a margin of its significand.
+        safe = (a.abs() >= max(info.tiny, 2.0**-100)) & (a.abs() <= info.max / 2)
+        return _differ(torch.where(safe, b, 0.0), torch.where(safe, 2 * a, 0.0), f"{name} is not doubled")
+
+    return broken
+
+
+def linear_laws(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:
+    """Of ``fp4_linear``.
+
+    doubled_x: y(2 x) = 2 y(x), without bias, gelu and silu. one_hot: x that picks one column a row gives decoded
+    columns (without bias and activation; not in fp32, for which a kernel may round weights as operands). first_tokens:
+    the first half of the tokens alone give the same bits, of kernels that declare ``batch_invariant``.
+    """
+    x, act, m, k = inputs["x"], case.text("act"), case.axis("m"), case.axis("k")
+    if act in ("none", "relu") and not case.axis("bias"):
+        yield Law("doubled_x", case, {**inputs, "x": 2 * x}, _doubled("y"))
+        if act == "none" and case.text("x") != "fp32":
+            columns = torch.arange(m, device=x.device) * 37 % k
+            one_hot = torch.zeros_like(x)
+            one_hot[torch.arange(m, device=x.device), columns] = 1.0
+            want = dequantize(case.text("fmt"), inputs, x.dtype)[:, columns].T
+
+            def broken(first: Outputs, second: Outputs) -> str:
+                return _differ(second["y"], want, "y is not the decoded column")
+
+            yield Law("one_hot", case, {**inputs, "x": one_hot}, broken)
+    half = m // 2
+    if half:
+
+        def varies(first: Outputs, second: Outputs) -> str:
+            return _differ(second["y"], first["y"][:half], f"the first {half} tokens alone")
+
+        yield Law("first_tokens", _with(case, m=half), {**inputs, "x": x[:half].clone()}, varies, "batch_invariant")
+
+
+def attention_laws(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:
+    """Of ``attention``.
+
+    doubled_v: out(2 v) = 2 out(v). causal_prefix: keys and values that the first half of the queries may not see change
+    no bit of it. other_heads: another k and v for the last key head change no bit of the others.
+    """
+    layout, rule = case.text("layout"), ScoreRule.of(case)
+    k, v = inputs["k"], inputs["v"]
+    hk, sk = k.shape[1:3]
+    sq, group = case.axis("sq"), case.axis("hq") // hk
+
+    def changed(picked: Tensor) -> dict[str, Any]:
+        """k and v negated, v halved too, where ``picked`` (bool, broadcast over [b, hk, sk, d])."""
+        other_k, other_v = torch.where(picked, -k, k), torch.where(picked, -0.5 * v, v)
+        return {**inputs, "k": lay_out(other_k, layout), "v": lay_out(other_v, layout)}
+
+    yield Law("doubled_v", case, {**inputs, "v": lay_out(2 * v, layout)}, _doubled("out"))
+    rows = torch.arange(sq // 2, device=k.device)
+    unseen = ~rule.seen(rows, sq, sk).any(dim=0)
+    if len(rows) and bool(unseen.any()):
+
+        def leaks(first: Outputs, second: Outputs) -> str:
+            found = (_differ(second[n][:, :, : len(rows)], first[n][:, :, : len(rows)], n) for n in first)
+            return next((f for f in found if f), "")
+
+        yield Law("causal_prefix", case, changed(unseen[None, None, :, None]), leaks)
+    if hk > 1:
+        last = torch.arange(hk, device=k.device) == hk - 1
+        kept = (hk - 1) * group
+
+        def mixes(first: Outputs, second: Outputs) -> str:
+            found = (_differ(second[n][:, :kept], first[n][:, :kept], n) for n in first)
+            return next((f for f in found if f), "")
+
+        yield Law("other_heads", case, changed(last[None, :, None, None]), mixes)
+
+
+def quantize_laws(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:
+    """Of ``fp4_quantize``. negated (not nf4, whose table is not symmetric): the same scales, signs turned."""
+    if case.text("fmt") == "nf4":
+        return
+    symmetric = case.text("fmt").startswith("absmax7")
+
+    def broken(first: Outputs, second: Outputs) -> str:
+        for name in ("scale", "global_scale"):
+            found = _differ(second[name].float(), first[name].float(), name)
+            if found:
+                return found
+        low, high = (first["codes"] & 15, first["codes"] >> 4)
+        turned = (16 - low) | ((16 - high) << 4) if symmetric else first["codes"] ^ 0x88
+        return _differ(second["codes"], turned, "codes")
+
+    yield Law("negated", case, {**inputs, "w": -inputs["w"]}, broken)

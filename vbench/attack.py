@@ -1,0 +1,195 @@
+"""``vbench selftest``: kernels wrong on purpose must be caught, their honest twins must pass.
+
+A control goes through the same workers, checks and clocks as any backend's kernel, asked to be thorough. It is caught
+if one of its jobs ends in anything but PASSED, UNSUPPORTED or UNAVAILABLE; its twin is accused if one of its jobs does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vbench import registry
+from vbench.backend import Device
+from vbench.control import HONEST, Control, Corpus
+from vbench.plan import Job, run_probe
+from vbench.record import EXCUSED, Outcome, Record
+from vbench.registry import BackendInfo
+from vbench.runner import Run
+from vbench.store import RunStore, new_run_id
+
+SUITE = "selftest"
+
+
+def jobs_of(corpus: str, control: Control, off: Sequence[str] = ()) -> list[Job]:
+    """Each case of the control and of its twin. ``off``: oracles to leave out, for the proof that they are needed."""
+    return [
+        Job(
+            control.kind,
+            SUITE,
+            case.id,
+            control.op,
+            corpus,
+            control.name + end,
+            "own",
+            control.deadline_s,
+            thorough=True,
+            off=tuple(off),
+        )
+        for end, cases in (("", control.cases), (HONEST, control.twin_cases))
+        for case in cases
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What became of one control.
+
+    Args:
+        ran: it ran on this machine, and its twin did.
+        caught_by: outcome and reason of each job that caught it, distinct, in order.
+        accusations: what its honest twin was accused of.
+        error_over_budget, twin_error_over_budget: worst of the jobs, ``None`` where nothing was compared.
+    """
+
+    corpus: str
+    control: Control
+    ran: bool
+    caught_by: tuple[str, ...]
+    accusations: tuple[str, ...]
+    error_over_budget: float | None
+    twin_error_over_budget: float | None
+
+
+def _worst(records: Sequence[Record]) -> float | None:
+    return max((r.error.worst_over_budget for r in records if r.error is not None), default=None)
+
+
+def judge(controls: Sequence[tuple[str, Control]], records: Sequence[Record]) -> list[Finding]:
+    """Findings in the order of ``controls`` ((corpus, control) each)."""
+    found: dict[tuple[str, str], list[Record]] = {}
+    for r in records:
+        found.setdefault((r.backend, r.variant), []).append(r)
+    findings = []
+    for corpus, control in controls:
+        wrong, honest = found.get((corpus, control.name), []), found.get((corpus, control.name + HONEST), [])
+        # An honest twin that was refused or not run proves nothing.
+        ran = bool(wrong) and bool(honest) and all(r.outcome is not Outcome.UNAVAILABLE for r in (*wrong, *honest))
+        caught = [f"{r.outcome}({r.reason})" for r in wrong if r.outcome not in EXCUSED]
+        accused = [f"{r.outcome}({r.reason}) on {r.case}" for r in honest if r.outcome is not Outcome.PASSED]
+        findings.append(
+            Finding(
+                corpus,
+                control,
+                ran,
+                tuple(dict.fromkeys(caught)),
+                tuple(dict.fromkeys(accused)) if ran else (),
+                _worst(wrong),
+                _worst(honest),
+            )
+        )
+    return findings
+
+
+def summary(findings: Sequence[Finding]) -> dict[str, Any]:
+    """Counts of what ran here, and the names of what is not as it should be."""
+    ran = [f for f in findings if f.ran]
+    return {
+        "controls": len(ran),
+        "caught": sum(bool(f.caught_by) for f in ran),
+        "twins_accused": sum(bool(f.accusations) for f in ran),
+        "families": len({f.control.family for f in ran}),
+        "not_run": len(findings) - len(ran),
+        "survivors": [f.control.name for f in ran if not f.caught_by],
+        "accused": {f.control.name: list(f.accusations) for f in ran if f.accusations},
+    }
+
+
+def exit_code(body: Mapping[str, Any]) -> int:
+    """1 for a survivor or an accused twin, 3 if nothing ran, else 0."""
+    if body["survivors"] or body["twins_accused"]:
+        return 1
+    return 0 if body["controls"] else 3
+
+
+def lines(findings: Sequence[Finding], body: Mapping[str, Any]) -> list[str]:
+    """For people: families with their counts, then everything that is not as it should be."""
+    ran = [f for f in findings if f.ran]
+    total, caught = Counter(f.control.family for f in ran), Counter(f.control.family for f in ran if f.caught_by)
+    out = [f"{'family':<14} caught"]
+    out += [f"{family:<14} {caught[family]} of {n}" for family, n in sorted(total.items())]
+    out.append("")
+    for f in ran:
+        if not f.caught_by:
+            out.append(f"SURVIVED  {f.control.name}: {f.control.fault}; meant for oracle {f.control.oracle}")
+        for accusation in f.accusations:
+            out.append(f"ACCUSED   the honest twin of {f.control.name}: {accusation}")
+    missing = Counter(f.control.needs for f in findings if not f.ran)
+    out += [f"not run   {n} controls that need {needs}" for needs, n in sorted(missing.items())]
+    out.append(
+        f"selftest  {body['caught']} of {body['controls']} controls caught in {body['families']} families, "
+        f"{body['twins_accused']} honest twins accused"
+    )
+    return out
+
+
+def chosen(wanted: Sequence[str]) -> tuple[list[tuple[str, Control]], dict[str, BackendInfo]]:
+    """Controls by name (all without a name), and their corpora as the runner takes them.
+
+    Raises:
+        UsageError: an unknown name, or a corpus that cannot be loaded.
+    """
+    corpora: dict[str, tuple[BackendInfo, Corpus]] = registry.corpora()
+    pairs = [(name, control) for name, (_, corpus) in corpora.items() for control in corpus.controls]
+    known = {control.name for _, control in pairs}
+    picked = set(registry.choose("control", wanted, sorted(known)))
+    return [p for p in pairs if p[1].name in picked], {name: info for name, (info, _) in corpora.items()}
+
+
+def run(
+    controls: Sequence[tuple[str, Control]],
+    infos: Mapping[str, BackendInfo],
+    *,
+    has_gpu: bool,
+    out: Path,
+    off: Sequence[str] = (),
+    on_record: Callable[[Record], None] = lambda _: None,
+) -> tuple[list[Record], Path]:
+    """Run them: those for the CPU in CPU workers, side by side; then those for a GPU, where there is one.
+
+    Returns:
+        the records, and the folder they are stored in (one each, ``-cuda`` appended for the second).
+    """
+    run_id = new_run_id()
+    records: list[Record] = []
+    places: tuple[Device, ...] = ("cpu", "cuda") if has_gpu else ("cpu",)
+    for place in places:
+        here = [(corpus, control) for corpus, control in controls if control.needs == place]
+        if not here:
+            continue
+        jobs = [run_probe(infos[name]) for name in dict.fromkeys(corpus for corpus, _ in here)]
+        jobs += [job for corpus, control in here for job in jobs_of(corpus, control, off)]
+        folder = out / (run_id if place == "cpu" else f"{run_id}-{place}")
+        store = RunStore(folder, {"command": "selftest", "device": place, "off": list(off)})
+        try:
+            records += Run(
+                run_id=folder.name,
+                jobs=jobs,
+                infos=infos,
+                device=place,
+                store=store,
+                arithmetic=_no_arithmetic,
+                parallel=max(1, os.cpu_count() or 1) if place == "cpu" else 1,
+                on_record=on_record,
+            ).execute()
+        finally:
+            store.close()
+    return [r for r in records if r.kind != "probe"], out / run_id
+
+
+def _no_arithmetic(claim: str) -> tuple[Mapping[str, float], str]:
+    raise AssertionError(f"{claim}: arithmetic is no control")
