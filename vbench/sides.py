@@ -20,6 +20,7 @@ import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vbench.errors import UsageError
 from vbench.registry import BackendInfo
@@ -72,7 +73,9 @@ def parse_side(spec: str, infos: Mapping[str, BackendInfo], scratch: Path, root:
     if not tree.is_dir():
         top = Path(_git(["rev-parse", "--show-toplevel"], root).decode().strip())
         with tarfile.open(fileobj=io.BytesIO(_git(["archive", "--format=tar", commit], top))) as archive:
-            archive.extractall(tree, filter="data")
+            # Python before 3.11.4 has no filters; the archive is the repository's own, made a moment ago by git.
+            safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            archive.extractall(tree, **safe)
     return Side(spec, tree=tree, label=f"{spec} ({commit[:12]})" if spec != commit else commit[:12])
 
 
