@@ -22,6 +22,7 @@ FROZEN = {
     "gate": f"run --baseline --against --strict --format {PAIRS}",
     "ab": f"a b --strict --format {PAIRS}",
     "baseline update": "runs --baseline --document --ledger --out --write --json",
+    "backend check": "name --op --device --effort --seed --out --json",
     "report": "run --output --out",
     "roofline": "--device --only --folder --out --json",
     "selftest": "--control --aa --simulated --suite --op --case --backend --device --cases --skip --pairs --limit-s "

@@ -80,6 +80,18 @@ def add_commands(commands: Any) -> None:
     )
     selftest.add_argument("--json", action="store_true", help="print the records of the rates")
 
+    checks = commands.add_parser("backend", help="conformance of one backend").add_subparsers(
+        dest="verb", required=True, metavar="VERB"
+    )
+    check = checks.add_parser("check", help="thorough checks of a backend on every suite's cases; exit 1 if one fails")
+    check.add_argument("name", metavar="NAME", help="backend")
+    check.add_argument("--op", action="append", default=[], metavar="NAME", help="operation; repeatable; all")
+    check.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where (auto)")
+    check.add_argument("--effort", choices=("quick", "standard", "full"), default="quick", help="how much (quick)")
+    check.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generated cases (0)")
+    check.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results folder ({DEFAULT_OUT})")
+    check.add_argument("--json", action="store_true", help="print JSON")
+
     report = commands.add_parser("report", help="a run as one offline HTML page")
     report.add_argument("run", nargs="?", default="latest", metavar="RUN", help="run id, folder or JSONL file (latest)")
     report.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="(report.html)")
@@ -174,6 +186,20 @@ def _roofline(arguments: argparse.Namespace) -> int:
     return roofline_command(arguments.device, arguments.only, arguments.folder, arguments.out, as_json=arguments.json)
 
 
+def _backend(arguments: argparse.Namespace) -> int:
+    from vbench.conformance import check_command
+
+    return check_command(
+        arguments.name,
+        arguments.op,
+        device=arguments.device,
+        effort=arguments.effort,
+        seed=arguments.seed,
+        out=arguments.out,
+        as_json=arguments.json,
+    )
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from vbench.compare_commands import report_command
 
@@ -187,4 +213,5 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "selftest": _selftest,
     "roofline": _roofline,
     "report": _report,
+    "backend": _backend,
 }

@@ -21,6 +21,8 @@ DEADLINE_S: Mapping[Kind, float] = {
 
 #: Names of the harness's own executors in records; they take no entry point.
 BATTERY = "trivial_kernels"
+#: Suite name in records of ``vbench backend check``: their jobs are thorough.
+CONFORMANCE = "conformance"
 ARITHMETIC = "arithmetic"
 
 

@@ -1,0 +1,104 @@
+"""``vbench backend check``: what it asks, and the verdict it gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import plugins
+from vbench import check, conformance, registry, repro
+from vbench.cli import main
+from vbench.errors import UsageError
+from vbench.plan import CONFORMANCE
+from vbench.record import Outcome, Record
+from vbench.reference.ops.attention import ATTENTION
+from vbench.reference.ops.fp4 import FP4_LINEAR, FP4_QUANTIZE
+from vbench.spec import Case, Op, resolve
+
+CASE = FP4_LINEAR.case(fmt="nvfp4", m=1, n=2, k=16)
+
+
+def record(outcome: Outcome, reason: str = "") -> Record:
+    return Record(CASE.id, "b", "check", outcome, "run", reason=reason, suite=CONFORMANCE, role="own")
+
+
+def test_every_variant_of_every_case_is_asked_thoroughly() -> None:
+    info = registry.backends()["torch"]
+    probe, *jobs = conformance.jobs_of(info, list(registry.suites().values()), ["attention"], "quick", 0)
+    assert probe.kind == "probe" and len(jobs) > 20
+    assert all(job.thorough and not job.off and job.kind == "check" and job.op == "attention" for job in jobs)
+    assert len({job.key for job in jobs}) == len(jobs)
+
+
+def test_the_verdict() -> None:
+    passed, refused = record(Outcome.PASSED), record(Outcome.UNSUPPORTED, "k_odd")
+    assert conformance.verdict([passed, refused])[0] == 0
+    assert conformance.verdict([refused])[0] == conformance.verdict([])[0] == 3
+    code, body = conformance.verdict([passed, refused, record(Outcome.CRASHED, "signal_11")])
+    assert code == 1 and body["violations"][0]["reason"] == "signal_11" and body["refusals"] == {"k_odd": 1}
+    text = "\n".join(conformance.lines("b", None, code, body, "RUN"))
+    assert f"vbench repro {CASE.hash} --run RUN --backend 'b'" in text and "does not conform" in text
+
+
+def test_repro_asks_as_much_as_the_check_did() -> None:
+    asked = {job.suite: job.thorough for job in repro.jobs_of([record(Outcome.WRONG_VALUE)])}
+    assert asked == {CONFORMANCE: True}
+
+
+@pytest.mark.parametrize(("spoil", "code"), [("", 0), ('inputs["codes"] & 15, inputs["codes"] & 15', 1)])
+def test_a_strangers_backend_gets_a_verdict(
+    spoil: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second one reads the low nibble twice."""
+    right = 'inputs["codes"] & 15, inputs["codes"] >> 4'
+    assert right in plugins.HONEST
+    plugins.install(tmp_path, monkeypatch, "honest", plugins.HONEST.replace(right, spoil or right))
+    arguments = ("--device", "cpu", "--json", "--out", str(tmp_path / "runs"))
+    assert main(["backend", "check", "honest", *arguments]) == code
+    body = json.loads(capsys.readouterr().out)
+    assert body["exit"] == code and bool(body["violations"]) == bool(code)
+    assert body["outcomes"].get("WRONG_VALUE" if code else "PASSED", 0) > 20
+    with pytest.raises(UsageError, match="none of these operations"):
+        conformance.check_command(
+            "honest", ["attention"], device="cpu", effort="quick", seed=0, out=tmp_path, as_json=False
+        )
+
+
+LAWFUL: tuple[tuple[Op, Case], ...] = (
+    (FP4_LINEAR, FP4_LINEAR.case(fmt="mxfp4", x="fp16", m=4, n=8, k=64)),
+    (FP4_LINEAR, FP4_LINEAR.case(fmt="nf4", x="bf16", act="relu", m=3, n=8, k=64)),
+    (FP4_QUANTIZE, FP4_QUANTIZE.case(fmt="absmax7_g128", w="fp32", dist="grid", n=4, k=256)),
+    (FP4_QUANTIZE, FP4_QUANTIZE.case(fmt="nvfp4", w="bf16", n=4, k=64)),
+    (ATTENTION, ATTENTION.case(hq=4, hk=2, sq=8, sk=12, d=16, causal="bottom_right", layout="padded")),
+)
+
+
+@pytest.mark.parametrize(("op", "case"), LAWFUL, ids=lambda v: v.id if isinstance(v, Case) else "")
+def test_the_oracle_keeps_every_law_and_breaks_it_when_spoiled(op: Op, case: Case) -> None:
+    """Spoiled: the second run's outputs in the middle of their range, where no law looks away."""
+    inputs = resolve(op.inputs)(case, "cpu")
+    backend = resolve("vbench.reference.backend:BACKEND")
+
+    def outputs(of: Case, given: dict[str, object]) -> dict[str, torch.Tensor]:
+        kernel = resolve(backend.ops[op.name])(of, "", "cpu")
+        out = check.poisoned(resolve(op.oracle)(of, given, kernel.numerics, None), "cpu")
+        kernel.bind(given, out)()
+        return out
+
+    first = outputs(case, inputs)
+    found = list(registry.laws_of(op.name)(case, inputs))
+    assert found
+    for law in found:
+        if law.declared:
+            continue  # the oracle does not declare batch invariance
+        second = outputs(law.case, law.inputs)
+        assert law.broken(first, second) == "", law.name
+        spoiled = {n: t ^ 1 if t.dtype == torch.uint8 else (t.float() * 1.5).to(t.dtype) for n, t in second.items()}
+        assert law.broken(first, spoiled) != "", law.name
+
+
+def test_laws_of_an_operation_without_any() -> None:
+    assert list(registry.laws_of("svd")(CASE, {})) == []
