@@ -12,7 +12,7 @@ RUNS := results/runs
 # Test files run side by side.
 WORKERS := 2
 
-.PHONY: setup run test check gate wheel-test format claims matrix baseline clean
+.PHONY: setup run test check gate wheel-test format claims matrix controls baseline clean
 
 setup: .venv/.ready
 
@@ -65,6 +65,10 @@ claims: setup
 matrix: setup
 	sed -i '/^## /,$$d' docs/matrix.md
 	$(BIN)/vbench list --matrix --device cpu >> docs/matrix.md
+
+# Controls over K and the list of them; a test holds the document to the corpus.
+controls: setup
+	$(BIN)/python -m vbench.controls.table > docs/controls.md
 
 # Keep from RUN (folders of runs) the records the documents rest on; prints old and new: make baseline RUN=... MACHINE=h200
 baseline: setup

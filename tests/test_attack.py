@@ -13,13 +13,13 @@ import torch
 from vbench import attack, check, fence, integrity, registry, timing
 from vbench.cli import main
 from vbench.control import HONEST, Control, Corpus
-from vbench.controls import conduct, planted, products, softmax, stack
+from vbench.controls import conduct, gpu, planted, products, softmax, stack, table
 from vbench.errors import UsageError
 from vbench.record import EXCUSED, Outcome, Record
 from vbench.reference.ops import OPS
 from vbench.worker import Result, Worker
 
-CORPORA: Mapping[str, Corpus] = {c.CORPUS.name: c.CORPUS for c in (products, softmax, conduct, stack, planted)}
+CORPORA: Mapping[str, Corpus] = {c.CORPUS.name: c.CORPUS for c in (products, softmax, conduct, stack, planted, gpu)}
 CONTROLS = {control.name: (name, control) for name, corpus in CORPORA.items() for control in corpus.controls}
 
 #: For each oracle the control that survives without it; another test holds the list to be complete.
@@ -135,6 +135,33 @@ def test_the_command_runs_workers(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_an_unknown_control_is_refused() -> None:
     with pytest.raises(UsageError, match="did you mean 'swapped_nibbles'"):
         attack.chosen(["swaped_nibbles"])
+
+
+# -- the document ------------------------------------------------------------------------------------------------------
+
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "controls.md").read_text(encoding="utf-8")
+
+
+def rows_by_k() -> list[list[str]]:
+    body = DOCUMENT.partition("|---|")[2].partition("## All")[0]
+    return [line.strip("| ").split(" | ") for line in body.splitlines() if line.startswith("| ")]
+
+
+def test_the_document_lists_the_corpus() -> None:
+    """Figures differ in their last digits from machine to machine; the list and the shape must not."""
+    generated = table.document_list()
+    assert DOCUMENT.endswith("\n".join([*generated, ""])) and len(generated) > len(CONTROLS)
+    by_k = {c.name for corpus in table.CORPORA for c in corpus.controls if table.over_k(c)}
+    assert {row[0] for row in rows_by_k()} == by_k
+
+
+def test_the_documents_twins_are_within_their_budgets_and_what_is_planted_is_not() -> None:
+    for name, _, *cells in rows_by_k():
+        assert len(cells) == len(table.K)
+        for cell in cells:
+            twin, _, wrong = cell.partition(", grid")[0].partition(" / ")
+            assert float(twin) <= 1, name
+            assert "planted" not in name or float(wrong) > 1.5, name
 
 
 # -- red zones and tampering -------------------------------------------------------------------------------------------
