@@ -137,6 +137,12 @@ def test_an_unknown_control_is_refused() -> None:
         attack.chosen(["swaped_nibbles"])
 
 
+def test_an_installation_without_controls_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "corpora", dict)
+    with pytest.raises(UsageError, match="install it again"):
+        attack.chosen([])
+
+
 # -- the document ------------------------------------------------------------------------------------------------------
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "controls.md").read_text(encoding="utf-8")

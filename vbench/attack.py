@@ -16,6 +16,7 @@ from typing import Any
 from vbench import registry
 from vbench.backend import Device
 from vbench.control import HONEST, Control, Corpus
+from vbench.errors import UsageError
 from vbench.plan import Job, run_probe
 from vbench.record import EXCUSED, Outcome, Record
 from vbench.registry import BackendInfo
@@ -145,6 +146,8 @@ def chosen(wanted: Sequence[str]) -> tuple[list[tuple[str, Control]], dict[str, 
     """
     corpora: dict[str, tuple[BackendInfo, Corpus]] = registry.corpora()
     pairs = [(name, control) for name, (_, corpus) in corpora.items() for control in corpus.controls]
+    if not pairs:
+        raise UsageError("no controls are registered: this installation is older than they are; pip install it again")
     known = {control.name for _, control in pairs}
     picked = set(registry.choose("control", wanted, sorted(known)))
     return [p for p in pairs if p[1].name in picked], {name: info for name, (info, _) in corpora.items()}
