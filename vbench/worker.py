@@ -20,6 +20,7 @@ from typing import Any
 
 from vbench import blocks, check, environment, fence, gate, integrity, machine_code, registry, sources, timing
 from vbench.backend import Configuration, Device, Kernel, Place
+from vbench.draws import LastDraw
 from vbench.errors import CaseError, Unsupported
 from vbench.monitor import Monitor, NoMonitor, open_monitor, peak_while
 from vbench.plan import BATTERY
@@ -73,6 +74,7 @@ class Worker:
         self._available: Any = None
         self._monitor: Monitor | NoMonitor | None = None
         self._open: blocks.OpenCell | None = None
+        self._last = LastDraw(self.device)
         self._configurations: dict[str, Configuration] | None = None
 
     # -- set-up of a job ---------------------------------------------------------------------------------------------
@@ -168,6 +170,7 @@ class Worker:
     def open(self, op: Op, case: Case, kernel: Kernel, rows: int) -> Result:
         """Bind a case for blocks of samples, and compare ``rows`` sampled rows of its first output."""
         self._open = None
+        self._last.forget()
         if self.device == "cuda":
             import torch
 
@@ -226,7 +229,11 @@ class Worker:
         refused = self._declarations(op, kernel, off) if role == "own" else None
         if refused is not None:
             return refused
-        inputs, expected = self._expected(op, case, kernel.numerics, TIMED_ROWS if timed else None)
+        if timed:
+            inputs, expected = self._last.take(op, case, kernel.numerics, TIMED_ROWS)
+        else:
+            self._last.forget()
+            inputs, expected = self._expected(op, case, kernel.numerics, None)
         fences: dict[str, list[fence.Fence]] = {}
         out = self._outputs(expected, off)
         if not timed:
