@@ -30,7 +30,9 @@ def _never() -> Cubin:
 
 
 SOUND = Configuration("attention", "k", 90, "hgmma", {"d": 64}, _never)
-CODE = MachineCode(128, 0, 0, 0, {"HGMMA.64x64x16.F32.BF16": 4, "FFMA": 9, "UTMALDG.2D": 1}, {"HGMMA.64x64x16": 4})
+CODE = MachineCode(
+    128, 0, 0, 0, {"HGMMA.64x64x16.F32.BF16": 4, "FFMA": 9, "UTMALDG.2D": 1, "STL": 1}, {"HGMMA.64x64x16": 4}
+)
 CUBIN = Cubin(b"", 1024)
 
 
@@ -110,6 +112,9 @@ def test_a_listing_is_read_function_by_function() -> None:
     assert machine_code.parse(USAGE, LISTING, 80).shared_bytes == 1028, "nothing is reserved before 9.0"
     assert machine_code.count(code.total, "LDL") == 2 and machine_code.count(code.total, "LDL.64") == 1
     assert dict(code.loop) == {"HGMMA.64x8x16.F32.BF16": 1, "STL": 1, "BRA": 1}
+    assert code.spill_bytes == 24
+    framed = LISTING.replace("STL [R1], R2", "NOP").replace("LDL R2, [R1]", "NOP").replace("LDL.64 R2, [R1]", "NOP")
+    assert machine_code.parse(USAGE, framed, 90).spill_bytes == 0, "a frame that nothing touches is no spill"
     # The way back from a barrier's spin loop is no loop.
     spin = LISTING.replace("@P0 BRA 0x0", "BRA 0x0").replace("STL [R1], R2", "@P1 BRA 0x30")
     assert not machine_code.parse(USAGE, spin, 90).loop

@@ -62,7 +62,11 @@ class MachineCode:
 
     @property
     def spill_bytes(self) -> int:
-        return self.stack_bytes + self.local_bytes
+        """Local memory of a thread, or 0 where no instruction touches it: ptxas also reserves a frame around the slow
+        path of an IEEE division, and a frame alone costs nothing.
+        """
+        touched = any(count(self.total, access) for access in SPILLS)
+        return self.stack_bytes + self.local_bytes if touched else 0
 
 
 def count(opcodes: Mapping[str, int], prefix: str) -> int:

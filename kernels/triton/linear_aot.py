@@ -36,11 +36,8 @@ GLUON_SPILL_REASON = (
     "registers are filled on purpose; what spills lies in the epilogue or is an address, and loops are held to 2 % of "
     "their instructions (docs/tuning/fp4.md, What the compiler makes of it)"
 )
-NVFP4_SPILL_BYTES = 16
-NVFP4_SPILL_REASON = (
-    "256 blocks of float32 a program, tuned on sm_90; on sm_80 four registers do not fit (docs/tuning/fp4.md, What the "
-    "compiler makes of it)"
-)
+#: What ptxas keeps of the decoder of mxfp4 into float32 on sm_80: 80 registers a thread, and two that it puts aside.
+DECODER_SPILL = (8, "one address, put aside once, outside any loop; tuned on sm_90 (docs/tuning/fp4.md)")
 _AT_LEAST_ONE = (1.0, math.inf)
 
 
@@ -330,9 +327,8 @@ def _codecs() -> Iterator[Configuration]:
                 "BLOCKS": 4096 // GROUPS[fmt],
                 "COUNT": codec.MAX_PARTIALS,
             }
-            spills = (NVFP4_SPILL_BYTES, NVFP4_SPILL_REASON) if (arch, dtype) == (80, "fp32") else (0, "")
             kind = effort if fmt == "nvfp4" else "standard"
-            yield _codec(quantize, codec.encode_blocks_kernel, arch, types, blocks, 4, kind, True, spills)
+            yield _codec(quantize, codec.encode_blocks_kernel, arch, types, blocks, 4, kind, True)
         types = {"codes_ptr": "*u8", "global_ptr": "*fp32", "table_ptr": "*fp32", "y_ptr": POINTERS[dtype]}
         for fmt, group in GROUPS.items():
             rows, pairs, warps = (2048 // group, group // 2, 4) if group > 0 else (2, 512, 8)
@@ -345,7 +341,8 @@ def _codecs() -> Iterator[Configuration]:
             scale = {"scale_ptr": "*u8" if fmt in BYTE_SCALES else "*fp32"}
             decode |= {"ROWS": rows, "PAIRS": pairs}
             kind = effort if fmt == "nvfp4" else "standard"
-            yield _codec("fp4_dequantize", codec.decode_kernel, arch, types | scale, decode, warps, kind, False)
+            spills = DECODER_SPILL if (arch, dtype, fmt) == (80, "fp32", "mxfp4") else (0, "")
+            yield _codec("fp4_dequantize", codec.decode_kernel, arch, types | scale, decode, warps, kind, False, spills)
 
 
 def configurations() -> Iterator[Configuration]:
