@@ -105,6 +105,10 @@ def test_dry_run_says_how_much_there_is_and_leaves_nothing(
     assert main([*arguments, "--json"]) == 0
     body = json.loads(capsys.readouterr().out)
     assert body["timed_rows"] == body["jobs"]["time"] == 4 and body["postponed"] == 0
+    assert main([*arguments, "--no-time", "--json"]) == 0
+    untimed = json.loads(capsys.readouterr().out)
+    assert untimed["timed_rows"] == 0 and untimed["jobs"] == {k: n for k, n in body["jobs"].items() if k != "time"}
+    assert main(["run", "--resume", "latest", "--no-time"]) == 2
     assert main(arguments) == 0
     assert "timed here: 4 rows" in capsys.readouterr().out
     assert main(["run", "--resume", "latest", "--dry-run"]) == 2

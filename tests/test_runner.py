@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -9,12 +10,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tests import plugins
 from vbench import registry
+from vbench.backend import Device
 from vbench.judge import exit_code
 from vbench.plan import Job, plan
 from vbench.record import Outcome, Record
@@ -40,6 +43,42 @@ def execute(tmp_path: Path, names: list[str], suite: Suite = SMALL, deadline_s: 
     assert Counter(_key(r) for r in records) == Counter(j.key for j in jobs)
     assert {r.id for r in read_records(store.path)} == {r.id for r in records} == {r.id for r in seen}
     return records
+
+
+def test_two_workers_share_a_backends_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugins.install(tmp_path, monkeypatch, "faulty", plugins.FAULTY)
+    asked: list[tuple[int, bool]] = []
+
+    def two(self: Run, jobs: Sequence[Job], compiles: bool) -> int:
+        asked.append((len(jobs), compiles))
+        return 2
+
+    monkeypatch.setattr(Run, "_workers_for", two)
+    records = execute(tmp_path, ["faulty"], deadline_s=2.0)
+    assert (len([r for r in records if r.backend == "faulty"]), False) in asked
+    assert {r.variant: r.outcome.value for r in records if r.kind == "check"} == plugins.FAULTS
+    assert len(list((tmp_path / "run").glob("faulty*.log"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "compiles", "jobs", "workers"),
+    [
+        ("cpu", False, 9999, 1),
+        ("cuda", False, 59, 1),
+        ("cuda", False, 240, 4),
+        ("cuda", False, 9999, 8),
+        ("cpu", True, 25, 2),
+        ("cpu", True, 9999, 8),
+        ("cuda", True, 0, 1),
+    ],
+)
+def test_more_workers_where_compilation_keeps_a_gpu_waiting(
+    tmp_path: Path, device: Device, compiles: bool, jobs: int, workers: int
+) -> None:
+    with contextlib.closing(RunStore(tmp_path / "run", {})) as store:
+        run = Run("r1", (), {}, device, store, lambda claim: ({}, ""), 8, print)
+        job = Job("check", "s", "c", "o", "b", "", "own", 1.0)
+        assert run._workers_for([job] * jobs, compiles) == workers
 
 
 def _key(record: Record) -> tuple[str, str, str, str]:

@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results folder ({DEFAULT_OUT})")
     run.add_argument("--seed", type=int, metavar="N", help="seed of the generated cases (default: 0)")
     run.add_argument("--resume", metavar="RUN", help="finish an unfinished run (run id, folder or latest)")
+    run.add_argument("--no-time", action="store_true", help="checks and compilations only")
     run.add_argument("--dry-run", action="store_true", help="print how much there is to do and end")
     run.add_argument("--strict", action="store_true", help="exit 3 if anything was not decided")
     run.add_argument("--json", action="store_true", help="print a JSON summary instead of the last screen")
@@ -111,6 +112,8 @@ def _run(arguments: argparse.Namespace) -> int:
         ]
         if arguments.dry_run:
             given.append("dry-run")
+        if arguments.no_time:
+            given.append("no-time")
         if given:
             raise UsageError(f"--resume takes the plan of the run: leave out --{', --'.join(given)}")
         return resume_run(arguments.resume, arguments.out, strict=arguments.strict, as_json=arguments.json)
@@ -125,6 +128,7 @@ def _run(arguments: argparse.Namespace) -> int:
         strict=arguments.strict,
         as_json=arguments.json,
         dry_run=arguments.dry_run,
+        timing=not arguments.no_time,
     )
 
 

@@ -87,8 +87,9 @@ def run_suites(
     strict: bool,
     as_json: bool,
     dry_run: bool = False,
+    timing: bool = True,
 ) -> int:
-    """``vbench run``. Raises UsageError or DataError for bad input."""
+    """``vbench run``; without ``timing`` checks and compilations only. Raises UsageError or DataError for bad input."""
     known_suites, known_ops, known_backends = registry.suites(), registry.ops(), registry.backends()
     chosen_suites = registry.choose("suite", suites, known_suites)
     chosen_ops = registry.choose("op", ops, known_ops)
@@ -104,6 +105,7 @@ def run_suites(
         "backends": chosen,
         "ops": chosen_ops,
         "claims": sorted(_stated(ledgers())),
+        "timing": timing,
     }
     planned, pinned = _plan(recipe, known_backends)
     if dry_run:
@@ -228,6 +230,7 @@ def _plan(recipe: dict[str, Any], infos: dict[str, BackendInfo]) -> tuple[Limite
         effort=recipe["effort"],
         seed=recipe["seed"],
         claims=recipe["claims"],
+        timing=recipe.get("timing", True),
         compiled=compiled,
     )
     planned = _limited(everything, recipe, infos, books)
@@ -281,7 +284,7 @@ def _execute(
     books = ledgers()
     stated = _stated(books)
     where: Device = summary["device"]
-    parallel = min(os.cpu_count() or 1, 2 if where == "cpu" else 6)
+    parallel = min(os.cpu_count() or 1, 2 if where == "cpu" else 12)
     progress = _Progress(len(jobs) - len(kept))
     began = time.monotonic()
     try:

@@ -38,6 +38,7 @@ MOST_HANGS = 2
 
 #: A further worker starts for so many compilations: its own start costs as much as some of them.
 COMPILATIONS_A_WORKER = 10
+CHECKS_A_WORKER = 60
 PROBE_POLL_S = 0.05
 
 
@@ -220,7 +221,7 @@ class Run:
                     pool.submit(self._backend, name, queue, compiles, number)
                     for (name, compiles), jobs in ordered
                     for queue in [iter(jobs)]
-                    for number in range(self._workers_for(jobs) if compiles else 1)
+                    for number in range(self._workers_for(jobs, compiles))
                 ]
                 try:
                     for future in futures:
@@ -250,9 +251,13 @@ class Run:
             for key in sorted(in_flight):
                 self.store.withdrawn(key)
 
-    def _workers_for(self, jobs: Sequence[Job]) -> int:
-        """Compilations share nothing, not even a device, so that several workers may take them from one queue."""
-        return max(1, min(self.parallel, len(jobs) // COMPILATIONS_A_WORKER))
+    def _workers_for(self, jobs: Sequence[Job], compiles: bool) -> int:
+        """How many workers take these jobs from one queue: what keeps a GPU's checks waiting is compilation on the
+        host, one core a worker. On a CPU the other backends fill the cores.
+        """
+        if not compiles and self.device == "cpu":
+            return 1
+        return max(1, min(self.parallel, len(jobs) // (COMPILATIONS_A_WORKER if compiles else CHECKS_A_WORKER)))
 
     def _backend(self, name: str, jobs: Iterator[Job], compiles: bool = False, number: int = 0) -> None:
         """Jobs of one backend in a warm worker, until ``jobs`` is empty; several workers may take from it.
@@ -261,7 +266,7 @@ class Run:
         """
         threads = max(1, (os.cpu_count() or 1) // self.parallel)
         probed = any(job.kind == "probe" and (job.backend, job.compiles) == (name, compiles) for job in self.jobs)
-        log = self.store.folder / f"{name.replace('/', '_')}{f'.compile{number}' if compiles else ''}.log"
+        log = self.store.folder / f"{name.replace('/', '_')}{'.compile' if compiles else ''}{number or ''}.log"
         worker = WorkerProcess(self.infos.get(name), "compile" if compiles else self.device, log, threads)
         with self._lock:
             self._workers.add(worker)
