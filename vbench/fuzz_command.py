@@ -1,0 +1,227 @@
+"""``vbench fuzz``: chooses what to search, prints what came of it, and keeps what failed as regressions."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vbench import commands, environment, registry, regressions, waivers
+from vbench.backend import Device
+from vbench.errors import DataError, UsageError
+from vbench.fuzz import Fuzz, Pool, Target, targets_of
+from vbench.record import EXCUSED, Outcome, Record
+from vbench.registry import OWN_DISTRIBUTION, BackendInfo
+from vbench.runner import Failure
+from vbench.spec import case_hash
+from vbench.store import RunStore, new_run_id, read_records, read_summary
+
+#: At most so many workers share a GPU: each holds a context of some hundred MB.
+MOST_GPU_WORKERS = 8
+#: A backend that refuses nearly everything is given up after so many times the cases asked for.
+MOST_DRAWN = 10
+#: Keys of ``run.json`` that a search is made from.
+_RECIPE = ("backend", "suites", "ops", "device", "seed", "frames", "cases", "regressions")
+
+
+def workers_for(device: Device, asked: int | None) -> int:
+    cores = os.cpu_count() or 1
+    return asked if asked is not None else cores if device == "cpu" else max(1, min(MOST_GPU_WORKERS, cores // 2))
+
+
+def fuzz_command(
+    *,
+    backend: str,
+    suites: Sequence[str],
+    ops: Sequence[str],
+    device: str,
+    cases: int,
+    frames: int,
+    limit_s: float | None,
+    shrink_s: float,
+    seed: int,
+    workers: int | None,
+    regressions_file: Path | None,
+    resume: str | None,
+    out: Path,
+    as_json: bool,
+) -> int:
+    """Run, print and return the exit code: 1 for any failure that is not waived, 3 if nothing passed, else 0.
+
+    Raises:
+        UsageError, DataError: bad names, a backend that cannot be loaded, a run that cannot be resumed, no disk.
+    """
+    infos, known = registry.backends(), registry.ops()
+    if resume is None:
+        (name,) = registry.choose("backend", [backend], infos)
+        recipe: dict[str, Any] = {
+            "command": "fuzz",
+            "run": new_run_id(),
+            "backend": name,
+            "suites": registry.choose("suite", suites, registry.suites()),
+            "ops": registry.choose("op", ops, known),
+            "device": commands.device_of(device),
+            "seed": seed,
+            "frames": frames,
+            "cases": cases,
+            "regressions": str(regressions_file) if regressions_file is not None else "",
+        }
+        folder, kept = out / recipe["run"], []
+    else:
+        folder = commands.find_run(resume, out)
+        recipe = read_summary(folder)
+        if recipe.get("command") != "fuzz" or any(key not in recipe for key in _RECIPE):
+            raise DataError(f"{folder}: is no search of vbench fuzz that could be resumed")
+        kept = read_records(folder)
+    info = infos.get(recipe["backend"])
+    if info is None or info.problem:
+        raise UsageError(f"backend {recipe['backend']!r}: {info.problem + ': ' + info.detail if info else 'not here'}")
+    chosen = [registry.suites()[n] for n in recipe["suites"]]
+    names = [n for n in recipe["ops"] if n in info.ops]
+    where: Device = recipe["device"]
+    targets = targets_of(chosen, known, names, where, recipe["frames"] if where == "cuda" else 0, recipe["seed"])
+    if not targets:
+        raise UsageError(f"backend {info.name!r} has no operation that these suites draw cases of")
+    store = RunStore(folder, recipe, resume=resume is not None)
+    began = time.monotonic()
+    pool = Pool(info, where, folder, workers_for(where, workers))
+    try:
+        probe = pool.probe()
+        if isinstance(probe, Failure) or probe["outcome"] != Outcome.PASSED:
+            said = probe.detail if isinstance(probe, Failure) else probe["detail"]
+            print(f"{info.name}: not usable on {where}: {said}")
+            return 3
+        machine = probe.get("environment") or environment.describe("cpu")
+        fuzz = Fuzz(recipe["run"], info, where, store, pool, machine, shrink_s)
+        fuzz.take_up(kept)
+        began_rounds = time.monotonic()
+
+        def more(last_s: float) -> bool:
+            judged = sum(r.metrics["passed"] + r.metrics["failed"] for r in fuzz.records if r.kind == "fuzz")
+            drawn = sum(r.metrics["cases"] for r in fuzz.records if r.kind == "fuzz")
+            in_time = limit_s is None or time.monotonic() - began + last_s <= limit_s
+            return judged < recipe["cases"] and drawn < MOST_DRAWN * recipe["cases"] and in_time
+
+        for target in targets:
+            suite = next(s for s in chosen if s.name == target.suite)
+            old = regressions.cases_of(suite) + _extra(recipe, target)
+            fuzz.replay(target, [c for c in old if c.op == target.op.name])
+        fuzz.rounds(targets, _untried(fuzz.records), recipe["seed"], more)
+        rounds_s = time.monotonic() - began_rounds
+        pool.close()
+    except BaseException:
+        pool.kill()
+        raise
+    finally:
+        store.close()
+    found = waivers.judge(waivers.of_suites(chosen), fuzz.records)
+    file = _file(recipe, info, chosen)
+    added = _append(file, targets, [r for r in fuzz.shrunk if r.id not in found.excused])
+    code, body = verdict(fuzz.records, found, wall_s=rounds_s, workers=pool.width)
+    body |= {"run": recipe["run"], "backend": info.name, "exit": code, "regressions_added": [a.case for a in added]}
+    if as_json:
+        print(json.dumps(body, indent=1))
+    else:
+        print("\n".join([*lines(info.name, code, body, fuzz.shrunk, found), f"records   {folder}"]))
+    return code
+
+
+def _untried(records: Sequence[Record]) -> Iterator[int]:
+    """Round numbers from 0 on that left no record yet."""
+    done = {r.case.partition("round=")[2].rstrip("]") for r in records if r.kind == "fuzz"}
+    return (number for number in itertools.count() if str(number) not in done)
+
+
+def _extra(recipe: dict[str, Any], target: Target) -> tuple[Any, ...]:
+    """Cases of the file named by hand."""
+    if not recipe["regressions"]:
+        return ()
+    known = regressions.load(Path(recipe["regressions"]))
+    return tuple(target.op.parse(one.case) for one in known if one.case.partition("[")[0] == target.op.name)
+
+
+def _file(recipe: dict[str, Any], info: BackendInfo, suites: Sequence[Any]) -> Path | None:
+    """Where failures are kept: the file named by hand, else, for our own backends, the suites' file."""
+    if recipe["regressions"]:
+        return Path(recipe["regressions"])
+    if info.distribution != OWN_DISTRIBUTION:
+        return None
+    return next((regressions.data_file(s.regressions) for s in suites if s.regressions), None)
+
+
+def _append(file: Path | None, targets: Sequence[Target], shrunk: Sequence[Record]) -> list[regressions.Regression]:
+    added: list[regressions.Regression] = []
+    for target in targets if file is not None else ():
+        assert file is not None
+        added += regressions.add(file, target.suite, [r for r in shrunk if r.case.startswith(f"{target.op.name}[")])
+    return added
+
+
+def verdict(
+    records: Sequence[Record], waived: waivers.Waived, *, wall_s: float, workers: int
+) -> tuple[int, dict[str, Any]]:
+    """Exit code and body.
+
+    Args:
+        wall_s: of all rounds here; compiling is counted off it as far as first launches took longer than second ones,
+            shared among the workers.
+    """
+    rounds = [r for r in records if r.kind == "fuzz"]
+    kernels: dict[str, dict[str, float]] = {}
+    for r in rounds:
+        kernel = kernels.setdefault(f"{r.case.partition('=')[2].partition(',')[0]} {r.who}", {})
+        for name, value in r.metrics.items():
+            if name in ("worst", "q50", "q90", "q99"):
+                kernel[name] = max(kernel.get(name, 0.0), value)
+            elif name != "round_wall_s":
+                kernel[name] = kernel.get(name, 0.0) + value
+    total = {
+        n: sum(k.get(n, 0.0) for k in kernels.values()) for n in ("cases", "passed", "refused", "failed", "compile_s")
+    }
+    bad = [r for r in records if r.kind == "check" and r.outcome not in EXCUSED and r.id not in waived.excused]
+    judged = total["passed"] + total["failed"]
+    running_s = max(wall_s - total["compile_s"] / workers, 1e-9)
+    body = {
+        **total,
+        "wall_s": wall_s,
+        "workers": workers,
+        "judged_per_min": 60 * judged / max(wall_s, 1e-9),
+        "judged_per_min_without_compiling": 60 * judged / running_s,
+        "kernels": kernels,
+        "violations": [
+            {"case": r.case, "who": r.who, "outcome": str(r.outcome), "reason": r.reason, "hash": case_hash(r.case)}
+            for r in bad
+        ],
+    }
+    return (1 if bad else 0 if total["passed"] else 3), body
+
+
+def lines(name: str, code: int, body: dict[str, Any], shrunk: Sequence[Record], waived: waivers.Waived) -> list[str]:
+    """What came of it, for people."""
+    out = [
+        f"{name}: {body['cases']:.0f} cases: {body['passed']:.0f} passed, {body['refused']:.0f} refused, "
+        f"{body['failed']:.0f} failed; {body['judged_per_min']:.0f} judged a minute by {body['workers']} workers, "
+        f"{body['judged_per_min_without_compiling']:.0f} without compiling"
+    ]
+    for kernel, k in body["kernels"].items():
+        text = f"{k.get('passed', 0):.0f} passed"
+        if "q50" in k:
+            text += f"; error/budget: worst {k['worst']:.3g}, a round's median up to {k['q50']:.3g}"
+        out.append(f"  {kernel:<36} {text}")
+    for r in shrunk:
+        if r.id in waived.excused:
+            continue
+        note = r.detail.strip().rpartition("\n")[2]
+        out.append(f"VIOLATION {r.label} {r.who} {r.case}: {note}")
+        out.append(f"          vbench repro {case_hash(r.case)} --run {body['run']} --backend '{r.who}'")
+    kept = len(body["violations"]) - len(shrunk)
+    if kept > 0:
+        out.append(f"          and {kept} records of the same kinds: vbench show {body['run']} --failed")
+    out += waived.lines()
+    out += [f"kept      {case}" for case in body["regressions_added"]]
+    words = {0: "nothing found", 1: "violations found", 3: "nothing judged"}
+    return [*out, f"verdict   {words[code]}"]
