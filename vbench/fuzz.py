@@ -83,8 +83,8 @@ class Task:
 
     case: Case
     variant: str
-    home: int = 0
-    deadline_s: float = DEADLINE_S["check"]
+    home: int
+    deadline_s: float
 
 
 class Pool:
@@ -244,6 +244,7 @@ class Fuzz:
         pool: its workers.
         environment: of the machine, for records.
         shrink_s: seconds that shrinking one kind of failure may take.
+        deadline_s: of a case.
         stored: ids of records that the store has.
     """
 
@@ -254,6 +255,7 @@ class Fuzz:
     pool: Pool
     environment: Mapping[str, Any]
     shrink_s: float
+    deadline_s: float = DEADLINE_S["check"]
     stored: set[str] = field(default_factory=set)
     records: list[Record] = field(default_factory=list)
     shrunk: list[Record] = field(default_factory=list)
@@ -281,7 +283,7 @@ class Fuzz:
             frame = Frame.of(target.op, case, target.generated.frame) if target.frames else None
             # A draw that breaks a rule on purpose lies in no frame; it is refused wherever it goes.
             home = homes.get(frame, len(made)) if frame is not None else len(made)
-            made += [Task(case, variant, home) for variant in self.info.variants_of(case.op)]
+            made += [Task(case, variant, home, self.deadline_s) for variant in self.info.variants_of(case.op)]
         return made
 
     def rounds(

@@ -31,12 +31,19 @@ def measure(op: Op, case: Case) -> tuple[int, int, int, int]:
 
 
 def _sizes_below(p: Param, value: int) -> list[int]:
-    """Smaller values of an axis, the smallest first: its least, near halves that keep a power of two, one step less."""
+    """Smaller values of an axis, the smallest first: its least; less by a half, a quarter, ... and by one; less by
+    tiles, which keeps the tail; and the same in whole blocks, where the value is made of them."""
     least = 0 if p.default == 0 else 1
-    found = {least, value // 2, value - 1}
+    found = {least, value - 1, value % MOST_KEPT, value % 16}
+    step = value // 2
+    while step:
+        found.add(value - step)
+        step //= 2
     block = 2
-    while block <= MOST_KEPT and value % block == 0:
-        found |= {block, value // 2 // block * block, value - block}
+    while block <= MOST_KEPT:
+        found.add(value - block)
+        if value % block == 0:
+            found |= {block, value // 2 // block * block}
         block *= 2
     return sorted(v for v in found if least <= v < value)
 
