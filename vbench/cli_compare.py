@@ -93,7 +93,14 @@ def add_commands(commands: Any) -> None:
     check.add_argument("--json", action="store_true", help="print JSON")
 
     fuzz = commands.add_parser("fuzz", help="many generated cases on one backend; what fails is shrunk; exit 1 if any")
-    fuzz.add_argument("--backend", default="", metavar="NAME", help="which backend")
+    fuzz.add_argument("--backend", default="", metavar="NAME", help="backend, or backend[variant]")
+    fuzz.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="shrink this case (id, or hash in the newest run)",
+    )
     fuzz.add_argument("--suite", action="append", default=[], metavar="NAME", help="whose cases; repeatable; all")
     fuzz.add_argument("--op", action="append", default=[], metavar="NAME", help="operation; repeatable; all")
     fuzz.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where (auto)")
@@ -233,6 +240,7 @@ def _fuzz(arguments: argparse.Namespace) -> int:
         backend=arguments.backend,
         suites=arguments.suite,
         ops=arguments.op,
+        given=arguments.case,
         device=arguments.device,
         cases=arguments.cases,
         frames=arguments.frames,

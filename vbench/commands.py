@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vbench import environment, registry, report, selftest, simulate, spec
+from vbench import environment, registry, report, selftest, simulate, spec, waivers
 from vbench.backend import Device
 from vbench.claims import Claim, Ledger, arithmetic_metrics, load_ledger, stated_digest
 from vbench.errors import DataError, UsageError
@@ -318,6 +318,7 @@ def _execute(
         elapsed_s=time.monotonic() - began,
         device=where,
         postponed=int(summary.get("postponed", 0)),
+        waived=waivers.judge(waivers.of_suites(registry.suites()[n] for n in summary["suites"]), records),
     )
     print(screen)
     return code

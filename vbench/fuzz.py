@@ -308,14 +308,14 @@ class Fuzz:
             last_s = time.monotonic() - began
             self._account(f"seed={seed},round={number}", {t.op.name: (t.op, t.suite) for t in targets}, found, last_s)
 
-    def replay(self, target: Target, cases: Sequence[Case]) -> None:
-        """Cases that once failed, before all others."""
+    def replay(self, target: Target, cases: Sequence[Case], what: str = "regressions") -> None:
+        """Cases that nobody draws: what once failed, before all others, or what was asked for."""
         tasks = self.tasks(replace(target, frames=()), cases)
         if tasks:
             began = time.monotonic()
             found = [Found.of(t, a) for t, a in zip(tasks, self.pool.start(tasks)(), strict=True)]
             of = {target.op.name: (target.op, target.suite)}
-            self._account("regressions", of, found, time.monotonic() - began)
+            self._account(what, of, found, time.monotonic() - began)
 
     def _account(self, what: str, of: Mapping[str, tuple[Op, str]], found: Sequence[Found], wall_s: float) -> None:
         """Store the failures, shrunk where their kind is new, and then the round: if it is there, it is whole."""

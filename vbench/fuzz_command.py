@@ -6,18 +6,19 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vbench import commands, environment, registry, regressions, waivers
 from vbench.backend import Device
-from vbench.errors import DataError, UsageError
+from vbench.errors import CaseError, DataError, UsageError
 from vbench.fuzz import Fuzz, Pool, Target, targets_of
 from vbench.record import EXCUSED, Outcome, Record
 from vbench.registry import OWN_DISTRIBUTION, BackendInfo
 from vbench.runner import Failure
-from vbench.spec import case_hash
+from vbench.spec import Op, case_hash
 from vbench.store import RunStore, new_run_id, read_records, read_summary
 
 #: At most so many workers share a GPU: each holds a context of some hundred MB.
@@ -25,7 +26,7 @@ MOST_GPU_WORKERS = 8
 #: A backend that refuses nearly everything is given up after so many times the cases asked for.
 MOST_DRAWN = 10
 #: Keys of ``run.json`` that a search is made from.
-_RECIPE = ("backend", "suites", "ops", "device", "seed", "frames", "cases", "regressions")
+_RECIPE = ("backend", "variant", "given", "suites", "ops", "device", "seed", "frames", "cases", "regressions")
 
 
 def workers_for(device: Device, asked: int | None) -> int:
@@ -38,6 +39,7 @@ def fuzz_command(
     backend: str,
     suites: Sequence[str],
     ops: Sequence[str],
+    given: Sequence[str],
     device: str,
     cases: int,
     frames: int,
@@ -52,16 +54,23 @@ def fuzz_command(
 ) -> int:
     """Run, print and return the exit code: 1 for any failure that is not waived, 3 if nothing passed, else 0.
 
+    Args:
+        backend: ``NAME``, or ``NAME[VARIANT]`` for one of its kernels.
+        given: cases (ids, or hashes of the newest run's) to try and shrink instead of drawn ones.
+
     Raises:
         UsageError, DataError: bad names, a backend that cannot be loaded, a run that cannot be resumed, no disk.
     """
     infos, known = registry.backends(), registry.ops()
     if resume is None:
-        (name,) = registry.choose("backend", [backend], infos)
+        name, _, variant = backend.partition("[")
+        (name,) = registry.choose("backend", [name], infos)
         recipe: dict[str, Any] = {
             "command": "fuzz",
             "run": new_run_id(),
             "backend": name,
+            "variant": variant.removesuffix("]") if variant else None,
+            "given": [_case_id(one, out) for one in given],
             "suites": registry.choose("suite", suites, registry.suites()),
             "ops": registry.choose("op", ops, known),
             "device": commands.device_of(device),
@@ -80,11 +89,14 @@ def fuzz_command(
     info = infos.get(recipe["backend"])
     if info is None or info.problem:
         raise UsageError(f"backend {recipe['backend']!r}: {info.problem + ': ' + info.detail if info else 'not here'}")
+    if recipe["variant"] is not None:
+        info = _only(info, recipe["variant"])
     chosen = [registry.suites()[n] for n in recipe["suites"]]
     names = [n for n in recipe["ops"] if n in info.ops]
     where: Device = recipe["device"]
     targets = targets_of(chosen, known, names, where, recipe["frames"] if where == "cuda" else 0, recipe["seed"])
-    if not targets:
+    wanted = {_op_of(case, known): case for case in recipe["given"]}
+    if not targets or any(name not in {t.op.name for t in targets} for name in wanted):
         raise UsageError(f"backend {info.name!r} has no operation that these suites draw cases of")
     store = RunStore(folder, recipe, resume=resume is not None)
     began = time.monotonic()
@@ -107,10 +119,15 @@ def fuzz_command(
             return judged < recipe["cases"] and drawn < MOST_DRAWN * recipe["cases"] and in_time
 
         for target in targets:
+            if recipe["given"]:
+                ids = [case for case in recipe["given"] if _op_of(case, known) == target.op.name]
+                fuzz.replay(target, [target.op.parse(case) for case in ids], "given")
+                continue
             suite = next(s for s in chosen if s.name == target.suite)
             old = regressions.cases_of(suite) + _extra(recipe, target)
             fuzz.replay(target, [c for c in old if c.op == target.op.name])
-        fuzz.rounds(targets, _untried(fuzz.records), recipe["seed"], more)
+        if not recipe["given"]:
+            fuzz.rounds(targets, _untried(fuzz.records), recipe["seed"], more)
         rounds_s = time.monotonic() - began_rounds
         pool.close()
     except BaseException:
@@ -128,6 +145,34 @@ def fuzz_command(
     else:
         print("\n".join([*lines(info.name, code, body, fuzz.shrunk, found), f"records   {folder}"]))
     return code
+
+
+def _only(info: BackendInfo, variant: str) -> BackendInfo:
+    """The backend with one kernel an op. Raises UsageError for a variant that no op has."""
+    having = {op: (variant,) for op in info.ops if variant in info.variants_of(op)}
+    if not having:
+        known = sorted({v for op in info.ops for v in info.variants_of(op) if v})
+        raise UsageError(f"backend {info.name!r} has no variant {variant!r} (it has {', '.join(known) or 'none'})")
+    return replace(info, ops={op: info.ops[op] for op in having}, variants=having)
+
+
+def _case_id(text: str, out: Path) -> str:
+    """The id that ``text`` is, or is the hash of in the newest run."""
+    if "[" in text:
+        return text
+    found = {r.case for r in read_records(commands.find_run("latest", out)) if case_hash(r.case) == text}
+    if not found:
+        raise UsageError(f"no case with hash {text!r} in the newest run; give the id")
+    return found.pop()
+
+
+def _op_of(case: str, known: Mapping[str, Op]) -> str:
+    """The operation of a case id. Raises UsageError where it is none."""
+    name = case.partition("[")[0]
+    try:
+        return known[name].parse(case).op
+    except (KeyError, CaseError) as error:
+        raise UsageError(f"{case!r} is no case: {error}") from None
 
 
 def _untried(records: Sequence[Record]) -> Iterator[int]:
