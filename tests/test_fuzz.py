@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests import plugins
-from vbench import fuzz, fuzz_command, plan, registry, regressions
+from vbench import documents, fuzz, fuzz_command, plan, registry, regressions, tallies
+from vbench.claims import load_ledger
 from vbench.cli import main
 from vbench.errors import DataError, UsageError
 from vbench.fuzz import Found, Fuzz, Pool, Target, Task
@@ -192,8 +196,40 @@ def test_metrics_count_everything_and_the_distribution_holds_what_passed() -> No
     assert {n: metrics[n] for n in metrics if n == "exact" or n.startswith("to_")} == {
         "exact": 1, "to_0.05": 1, "to_0.10": 1, "to_1.00": 2,
     }  # fmt: skip
-    assert (metrics["worst"], metrics["q50"], metrics["compile_s"], metrics["worker_s"]) == (1.0, 0.051, 2.0, 5.0)
-    assert fuzz.distribution([]) == {} and "q50" not in fuzz.distribution([0.5])
+    assert (metrics["worst"], metrics["compile_s"], metrics["worker_s"]) == (1.0, 2.0, 5.0)
+    assert fuzz.distribution([]) == {}
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=60), st.integers(1, 59), st.sampled_from((0.5, 0.9, 0.99)))
+def test_quantiles_of_rounds_together_are_those_of_all_cases_to_within_a_bin(
+    ratios: list[float], cut: int, part: float
+) -> None:
+    rounds = [
+        Record(f"fuzz[op=x,round={i}]", "b", "fuzz", Outcome.PASSED, "run", metrics=fuzz.distribution(some))
+        for i, some in enumerate((ratios[:cut], ratios[cut:]))
+    ]
+    (tally,) = tallies.tallies(rounds).values()
+    true = sorted(ratios)[math.ceil(part * len(ratios)) - 1]
+    end = tally.at_most(part)
+    assert end is not None and end - tallies.BIN - 1e-9 <= true <= end + 1e-9
+    assert tally.worst == max(ratios) and sum(tally.bins.values()) == len(ratios)
+
+
+def test_a_document_shows_the_search_and_rests_on_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "<!-- vbench:table search backend=b hardware=cpu -->\n<!-- /vbench -->\n"
+    ledger = load_ledger(next(iter(registry.ledger_paths().values())))
+
+    def a_round(number: int, digest: str) -> Record:
+        metrics = fuzz.round_metrics([found(Outcome.PASSED, 0.31), found(Outcome.UNSUPPORTED)], 1.0)
+        case, where = f"fuzz[op=x,round={number}]", {"hardware": "cpu"}
+        return Record(case, "b", "fuzz", Outcome.PASSED, "run", metrics=metrics, environment=where, sources=digest)
+
+    records = [a_round(0, "now"), a_round(1, "now"), a_round(2, "then")]
+    shown = documents.update(text, ledger, records, current_sources=lambda r: "now", where="d")
+    assert "| x | b | 4 | 2 | 2 | 0 | 0.35 | 0.35 | 0.35 | 0.310 |" in shown
+    assert "STALE: 1 rounds" in shown
+    assert documents.evidence(text, ledger, records, current_sources=lambda r: "now") == records
+    assert "no_records" in documents.update(text, ledger, [], current_sources=lambda r: None, where="d")
 
 
 @pytest.mark.parametrize("suite", [FP4_SUITE, ATTENTION_SUITE], ids=lambda s: s.name)

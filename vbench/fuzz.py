@@ -6,8 +6,6 @@ a kernel, and each failure (of a kind at most ``KEPT``) a record of its own, whi
 
 from __future__ import annotations
 
-import math
-import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,17 +23,16 @@ from vbench.runner import MOST_HANGS, Failure, WorkerProcess, answered
 from vbench.shrink import shrink
 from vbench.spec import Case, Frame, Generated, Op, Suite
 from vbench.store import RunStore
+from vbench.tallies import bin_name
 
 #: Cases of an op in a round. A round is what a limit or an interruption costs, and what Hypothesis searches at once.
-ROUND: Mapping[Device, int] = {"cpu": 20, "cuda": 200}
+ROUND: dict[Device, int] = {"cpu": 40, "cuda": 300}
 #: Records of failures of one kind (kernel, outcome, reason); the round counts the others.
 KEPT = 10
 #: Shrinking one kind of failure may take so many attempts.
 SHRINK_ATTEMPTS = 200
 #: A hang is told from the slowest case that passed by this factor, and this much, so that shrinking one ends.
 HANG_FACTOR, HANG_LEAST_S = 10.0, 2.0
-#: Width of a bin of the distribution of error over budget.
-BIN = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,15 +205,9 @@ class Found:
 
 
 def distribution(ratios: Sequence[float]) -> dict[str, float]:
-    """Error over budget of what passed: ``exact`` (0), a count a bin ``to_0.05`` ... ``to_1.00``, and quantiles.
-
-    Bins without a case are left out.
-    """
-    counts = Counter("exact" if r == 0 else f"to_{math.ceil(r / BIN) * BIN:.2f}" for r in ratios)
+    """Error over budget of what passed: a count a bin (``vbench.tallies.bin_name``; none without a case), the worst."""
+    counts = Counter(bin_name(r) for r in ratios)
     found = {name: float(n) for name, n in sorted(counts.items())}
-    if len(ratios) > 1:
-        cuts = statistics.quantiles(ratios, n=100, method="inclusive")
-        found |= {"q50": cuts[49], "q90": cuts[89], "q99": cuts[98]}
     return found | ({"worst": max(ratios)} if ratios else {})
 
 

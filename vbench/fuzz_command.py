@@ -20,6 +20,7 @@ from vbench.registry import OWN_DISTRIBUTION, BackendInfo
 from vbench.runner import Failure
 from vbench.spec import Op, case_hash
 from vbench.store import RunStore, new_run_id, read_records, read_summary
+from vbench.tallies import COUNTS, tallies
 
 #: At most so many workers share a GPU: each holds a context of some hundred MB.
 MOST_GPU_WORKERS = 8
@@ -193,7 +194,7 @@ def _file(recipe: dict[str, Any], info: BackendInfo, suites: Sequence[Any]) -> P
     """Where failures are kept: the file named by hand, else, for our own backends, the suites' file."""
     if recipe["regressions"]:
         return Path(recipe["regressions"])
-    if info.distribution != OWN_DISTRIBUTION:
+    if info.distribution != OWN_DISTRIBUTION or info.role != "own":
         return None
     return next((regressions.data_file(s.regressions) for s in suites if s.regressions), None)
 
@@ -215,18 +216,8 @@ def verdict(
         wall_s: of all rounds here; compiling is counted off it as far as first launches took longer than second ones,
             shared among the workers.
     """
-    rounds = [r for r in records if r.kind == "fuzz"]
-    kernels: dict[str, dict[str, float]] = {}
-    for r in rounds:
-        kernel = kernels.setdefault(f"{r.case.partition('=')[2].partition(',')[0]} {r.who}", {})
-        for name, value in r.metrics.items():
-            if name in ("worst", "q50", "q90", "q99"):
-                kernel[name] = max(kernel.get(name, 0.0), value)
-            elif name != "round_wall_s":
-                kernel[name] = kernel.get(name, 0.0) + value
-    total = {
-        n: sum(k.get(n, 0.0) for k in kernels.values()) for n in ("cases", "passed", "refused", "failed", "compile_s")
-    }
+    found = tallies(records).values()
+    total = {n: sum(t.counts.get(n, 0.0) for t in found) for n in (*COUNTS, "compile_s")}
     bad = [r for r in records if r.kind == "check" and r.outcome not in EXCUSED and r.id not in waived.excused]
     judged = total["passed"] + total["failed"]
     running_s = max(wall_s - total["compile_s"] / workers, 1e-9)
@@ -236,7 +227,10 @@ def verdict(
         "workers": workers,
         "judged_per_min": 60 * judged / max(wall_s, 1e-9),
         "judged_per_min_without_compiling": 60 * judged / running_s,
-        "kernels": kernels,
+        "kernels": [
+            {"op": t.op, "who": t.who, **t.counts, "worst_over_budget": t.worst, "error_over_budget": t.bins}
+            for t in found
+        ],
         "violations": [
             {"case": r.case, "who": r.who, "outcome": str(r.outcome), "reason": r.reason, "hash": case_hash(r.case)}
             for r in bad
@@ -252,11 +246,10 @@ def lines(name: str, code: int, body: dict[str, Any], shrunk: Sequence[Record], 
         f"{body['failed']:.0f} failed; {body['judged_per_min']:.0f} judged a minute by {body['workers']} workers, "
         f"{body['judged_per_min_without_compiling']:.0f} without compiling"
     ]
-    for kernel, k in body["kernels"].items():
-        text = f"{k.get('passed', 0):.0f} passed"
-        if "q50" in k:
-            text += f"; error/budget: worst {k['worst']:.3g}, a round's median up to {k['q50']:.3g}"
-        out.append(f"  {kernel:<36} {text}")
+    for k in body["kernels"]:
+        judged = k["passed"] + k["failed"]
+        worst = f"; worst error/budget {k['worst_over_budget']:.3g}" if k["passed"] else ""
+        out.append(f"  {k['op']} {k['who']}: {judged:.0f} judged{worst}")
     for r in shrunk:
         if r.id in waived.excused:
             continue

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vbench import tallies
 from vbench.record import EXCUSED, Outcome, Record
 from vbench.spec import case_hash
 
@@ -148,6 +149,14 @@ def _percent(reached: Attained) -> str:
 def _count_line(records: Sequence[Record]) -> str:
     counts = Counter(r.outcome.value for r in records)
     return ", ".join(f"{n} {o}" for o, n in counts.most_common())
+
+
+def searched(records: Iterable[Record]) -> DataFrame:
+    """One row a kernel that ``vbench fuzz`` searched."""
+    import pandas as pd
+
+    head, rows = tallies.rows(records)
+    return pd.DataFrame(rows, columns=head)
 
 
 def _worst(records: Sequence[Record]) -> Record | None:
