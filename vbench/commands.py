@@ -450,9 +450,7 @@ def show_run(run: str, out: Path, failed: bool, case_hash: str | None, fmt: str)
     parts += [report.searched(records)] if any(r.kind == "fuzz" for r in records) else []
     parts += [report.compiled(records)] if any(r.kind == "compile" for r in records) else []
     parts += [report.timings(records, attainer(records))] if any(r.measurements for r in records) else []
-    print(
-        "\n\n".join(report.table(part, fmt) for part in parts) or "neither checks, searches, compilations nor timings"
-    )
+    print("\n\n".join(report.table(part, fmt) for part in parts) or "nothing that makes a table")
     return 0
 
 
