@@ -19,6 +19,7 @@ import triton.language as tl
 from vbench import registry
 from vbench.backend import Kernel, Launch
 from vbench.kernels.triton import attention, attention_backward, codec, linear
+from vbench.kernels.triton.attention_forward import _as_storage
 from vbench.plan import BATTERY
 from vbench.record import Outcome
 from vbench.reference.ops.attention import ATTENTION, ATTENTION_BACKWARD
@@ -69,6 +70,22 @@ def test_the_trap_is_there_and_widening_leads_around_it(widened: bool) -> None:
     if not widened:
         # Not a rounding or two: nothing like the sum.
         assert not torch.allclose(y.float(), right.float(), rtol=0.1, equal_nan=False)
+
+
+@triton.jit
+def _cast(x_ptr, y_ptr, EMULATE: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, _as_storage(tl.load(x_ptr + at), tl.bfloat16, EMULATE))
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+def test_the_interpreters_cast_to_bf16_truncates_and_mangles_subnormal_numbers(emulated: bool) -> None:
+    x = torch.tensor([1.5 + 2.0**-8 + 2.0**-9, 1.42e-39, 4.45e-39, -6.57e-39, 1.1e-38, -3e-45, 0.0, -0.0])
+    y = torch.zeros(8, dtype=torch.bfloat16)
+    _cast[(1,)](x, y, EMULATE=emulated, BLOCK=8)
+    assert torch.equal(y, x.bfloat16()) == emulated
+    # Not a rounding: the first subnormal number comes out seven times as large.
+    assert emulated or float(y[1]) > 4 * 1.42e-39
 
 
 class Product:
