@@ -19,6 +19,7 @@ from vbench.reference.ops.fp4 import (
 )
 from vbench.reference.ops.types import DTYPES
 from vbench.spec import BenchCase, Case, Generated, Suite
+from vbench.suites.data import REGRESSIONS, WAIVERS
 
 Effort = Literal["quick", "standard", "full"]
 
@@ -162,14 +163,20 @@ def _benches() -> tuple[BenchCase, ...]:
     return (*linear, *wider, *codec)
 
 
+#: What a fused kernel is compiled for, besides its tile.
+COMPILED_FOR = ("fmt", "x", "act", "bias")
+
 SUITE = Suite(
     name="fp4",
     summary="4-bit codec and linear layer: exact encoders, fused decode and multiply, speed at Llama-3-8B shapes",
     checks=(*_quantize_checks(), *_dequantize_checks(), *_linear_checks()),
     generated=(
-        Generated("vbench.suites.strategies:fp4_quantize_cases", (15, 100, 1000)),
-        Generated("vbench.suites.strategies:fp4_dequantize_cases", (15, 100, 1000)),
-        Generated("vbench.suites.strategies:fp4_linear_cases", (15, 100, 1000)),
+        Generated("vbench.suites.strategies:fp4_quantize_cases", (15, 100, 1000), ("fmt", "w")),
+        Generated("vbench.suites.strategies:fp4_dequantize_cases", (15, 100, 1000), ("fmt", "y")),
+        Generated("vbench.suites.strategies:fp4_linear_cases", (15, 100, 1000), COMPILED_FOR),
     ),
+    searched=(Generated("vbench.suites.strategies:large_fp4_linear_cases", (0, 0, 0), COMPILED_FOR, "cuda"),),
     benches=_benches(),
+    regressions=REGRESSIONS,
+    waivers=WAIVERS,
 )

@@ -23,6 +23,8 @@ FROZEN = {
     "ab": f"a b --strict --format {PAIRS}",
     "baseline update": "runs --baseline --document --ledger --out --write --json",
     "backend check": "name --op --device --effort --seed --out --json",
+    "fuzz": "--backend --case --suite --op --device --cases --limit-s --shrink-s --frames --workers --seed "
+    "--regressions --resume --out --json",
     "report": "run --output --out",
     "roofline": "--device --only --folder --out --json",
     "selftest": "--control --aa --simulated --suite --op --case --backend --device --cases --skip --pairs --limit-s "
