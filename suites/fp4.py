@@ -45,6 +45,7 @@ def _quantize_checks() -> tuple[Case, ...]:
             op.case(fmt=fmt, w="fp32", dist=dist, n=5, k=K)
             for fmt, dist in product(MXFP4_ENCODINGS, ("normal", "grid"))
         ),
+        *(op.case(fmt=fmt, w=w, n=3, k=K) for fmt, w in product(MXFP4_ENCODINGS, ("bf16", "fp16"))),
         # Tails: one row, one pair, one block, a prime number of rows, k no power of two.
         op.case(fmt="absmax7_tensor", w="fp32", n=1, k=2),
         op.case(fmt="absmax7_row", w="bf16", n=7, k=2),

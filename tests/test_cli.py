@@ -15,7 +15,7 @@ from vbench.cli import main, parser
 PAIRS = "--suite --op --case --backend --effort --device --pairs --max-pairs --delta --limit-s --floors --seed --out"
 FROZEN = {
     "run": "--suite --backend --op --device --effort --out --seed --resume --no-time --dry-run --strict --json",
-    "list": "--matrix --device --json",
+    "list": "--matrix --device --run --kept --out --json",
     "show": "run --failed --case --out --format --json",
     "repro": "hash --run --backend --out --json",
     "doctor": "--json",

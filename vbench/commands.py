@@ -473,6 +473,31 @@ def matrix_command(device: str, as_json: bool) -> int:
     return 1 if holes else 0
 
 
+def checked_command(run: str | None, kept: Path | None, out: Path, as_json: bool) -> int:
+    """``vbench list --matrix`` of checks that were made. Exit code 1 where one of ours failed; strangers' do not count.
+
+    Raises:
+        UsageError: both or no such run. DataError: no file of cells, or a run without checks.
+    """
+    from vbench import cells
+
+    if run is not None and kept is not None:
+        raise UsageError("--run and --kept: one of them")
+    ops, infos = registry.ops(), registry.backends()
+    found = cells.read(kept) if kept is not None else cells.of_records(read_records(find_run(run or "", out)), ops)
+
+    def current(backend: str, op: str) -> str | None:
+        if backend not in infos or op not in infos[backend].ops:
+            return None
+        return job_digest(infos[backend].ops[op], ops[op].oracle, ops[op].inputs)
+
+    print(cells.to_text(found) if as_json else cells.to_markdown(found, ops, current), end="")
+    wrong = cells.broken(found)
+    for cell in wrong:
+        print(f"vbench: {cell.kernel} {cell.op} {','.join(cell.values)}: {cell}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
 def doctor_command(as_json: bool) -> int:
     """``vbench doctor``."""
     from vbench import doctor
