@@ -273,6 +273,23 @@ def test_split_k_and_one_hot_rows_give_decoded_columns(fmt: str) -> None:
 
 
 @needs_interpreter
+@pytest.mark.parametrize("fmt", ops.FORMATS)
+def test_one_program_walking_all_parts_gives_the_bits_of_split_k(fmt: str) -> None:
+    """Batch invariance between kernels rests on it. Five or three blocks, so that a last part is shorter."""
+    for k, split in ((1280, 2), (1280, 4), (768, 2)):
+        case = ops.FP4_LINEAR.case(fmt=fmt, x="bf16", act="gelu", bias=1, m=9, n=40, k=k)
+        inputs = linear_inputs(case, "cpu")
+        chosen = linear.make(case, "", "cpu").plan
+        results = []
+        for walk in (False, True):
+            y = torch.full((9, 40), float("nan"), dtype=torch.bfloat16)
+            plan = dataclasses.replace(chosen, split=split, walk=walk)
+            linear.LinearKernel(case, "cpu", plan).bind(inputs, {"y": y})()
+            results.append(y)
+        assert same_bits(*results)
+
+
+@needs_interpreter
 @given(fmt=FORMATS, fault=st.sampled_from(("swap_nibbles", "drop_tail", "shift_scales", "zeros", "half")))
 @settings(max_examples=20)
 def test_control_wrong_weights_and_outputs_are_caught(fmt: str, fault: str) -> None:

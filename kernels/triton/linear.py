@@ -37,6 +37,9 @@ from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics
 SPLIT_MAX_M = 64
 #: n times the parts of K should reach this: 112 programs of 256 rows for 132 multiprocessors.
 SPLIT_ROWS = 28672
+#: Features from which the output tiles alone fill 132 multiprocessors (100 tiles of 128 features), so that one program
+#: of the fused kernel walks all parts of K.
+WALK_ROWS = 12800
 #: Columns of K that a sum of its own is formed of, up to SPLIT_MAX_M tokens: what a packed block of the fused kernel
 #: holds there.
 PART_COLUMNS = 256
@@ -55,7 +58,10 @@ class Plan:
         bn, bm: output features and tokens of a tile.
         bkw: columns of a packed tile; a K block is four times as wide.
         warps, stages: as Triton means them (``gluon``: all its partitions' warps).
-        split: parts that K is summed in (``fused``: in different programs).
+        split: parts that K is summed in (in different programs, but for ``walk``).
+        walk: ``fused``: one program sums all parts, in turn.
+        scaled: ``gluon``, groups of 128: scales multiply weights instead of sums; both are rounded to x's dtype.
+        tail: ``gluon``: only the tiles beyond whole waves of programs are summed in parts.
         block_sums: ``fused``: add one float32 sum a K block instead of carrying the matrix unit's accumulator along.
         chunk: ``dequant_cublas``: weight rows decoded at a time, into scratch memory of as many rows.
         wide: mxfp4 with float32 scales on sums instead of scales in the operand: see ``packing.PackedWeight``.
@@ -69,6 +75,9 @@ class Plan:
     warps: int
     stages: int
     split: int = 1
+    walk: bool = False
+    scaled: bool = False
+    tail: bool = False
     block_sums: bool = True
     chunk: int = 0
     wide: bool = False
@@ -205,7 +214,7 @@ def choose_plan(
     table = TABLE_FP32 if x == "fp32" else TABLE_WIDE if wide else TABLES[fmt]
     plan = next(p for limit, p in table if m <= limit)
     if m <= SPLIT_MAX_M:
-        plan = replace(plan, split=split_count(n, k))
+        plan = replace(plan, split=split_count(n, k), walk=n >= WALK_ROWS)
     return replace(plan, wide=wide)
 
 
@@ -233,6 +242,8 @@ class LinearKernel:
         self.plan = plan
         native = not INTERPRETED and self.x != "fp32"
         roundings: tuple[str, ...] = (self.x,) if native and self.fmt == "nf4" else ()
+        if plan.scaled:
+            roundings = (self.x, self.x)
         if plan.path == "dequant_cublas":
             roundings = OPERAND_ROUNDINGS[self.fmt, self.x]
         self.numerics = Numerics("tensor_core" if native else "fp32", roundings)
@@ -293,7 +304,7 @@ def fused_call(
     """Grid, arguments and compile-time constants of the fused kernel. Allocates split-K workspace and tickets."""
     m, n, k = x.shape[0], weight.n, weight.k
     m_tiles, n_tiles = triton.cdiv(m, plan.bm), triton.cdiv(n, plan.bn)
-    split = plan.split
+    split = 1 if plan.walk else plan.split
     elements = m_tiles * n_tiles * split * plan.bn * plan.bm if split > 1 else 4
     partial = torch.empty(elements, dtype=torch.float32, device=x.device)
     tickets = torch.zeros(m_tiles * n_tiles, dtype=torch.int32, device=x.device)
@@ -311,6 +322,7 @@ def fused_call(
         "BM": plan.bm,
         "BKW": plan.bkw,
         "SPLIT": split,
+        "WALK": plan.split if plan.walk else 1,
         "EVEN_K": k == weight.k_blocks * 4 * plan.bkw,
         "NATIVE": not INTERPRETED and x_name != "fp32",
         "INTERPRETED": INTERPRETED,
@@ -323,7 +335,7 @@ def fused_call(
     }
     arguments = (
         x, weight.codes, scale, weight.global_scale, table, x if bias is None else bias, stored, partial, tickets,
-        m, n, k, x.stride(0), y.stride(0), weight.k_blocks, triton.cdiv(weight.k_blocks, split),
+        m, n, k, x.stride(0), y.stride(0), weight.k_blocks, triton.cdiv(weight.k_blocks, plan.split),
     )  # fmt: skip
     return (m_tiles * n_tiles, split), arguments, constants
 
@@ -332,7 +344,9 @@ def bind_packed(weight: PackedWeight, x: Any, bias: Any, y: Any, x_name: str, ac
     """A launch of the plan's kernel on a packed weight."""
     if plan.path == "gluon":
         tile = (plan.bn, plan.bm, plan.stages)
-        return linear_gluon_host.bind_gluon(weight, x, bias, y, x_name, act, tile, plan.split, plan.block_sums)
+        return linear_gluon_host.bind_gluon(
+            weight, x, bias, y, x_name, act, tile, plan.split, plan.block_sums, plan.tail, plan.scaled
+        )
     if plan.path == "stationary":
         return linear_stationary_host.bind_stationary(weight, x, bias, y, x_name, act, plan.split, plan.dependent)
     grid, arguments, constants = fused_call(weight, x, bias, y, x_name, act, plan)
