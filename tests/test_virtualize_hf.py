@@ -6,6 +6,7 @@ Skipped, and counted as such, without the package: ``pip install 'vbench-kernels
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -50,6 +51,14 @@ def make(kind: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa")
 
 def ids(seed: int = 0, length: int = 7) -> Tensor:
     return torch.randint(0, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(seed))
+
+
+def cached(model: Any, prompt: Tensor) -> dict[str, Any]:
+    """The argument that goes on from ``prompt``; its name changes between releases of transformers."""
+    cache = transformers.DynamicCache(config=model.config)
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    model(prompt, use_cache=True, **{name: cache})
+    return {name: cache}
 
 
 def twin_of(model: Any) -> Any:
@@ -112,8 +121,7 @@ def test_attention_is_ours_in_prompts_and_with_a_cache(kind: str) -> None:
         with virtualize(model, Plan(fp4="none", attention="triton")):
             assert model.config._attn_implementation == "vbench_triton"
             out = model(ids(), use_cache=False).logits
-            prompt = model(ids()[:, :6], use_cache=True)
-            step = model(ids()[:, 6:], past_key_values=prompt.past_key_values).logits
+            step = model(ids()[:, 6:], **cached(model, ids()[:, :6])).logits
         # Two right answers in fp32, summed in different orders.
         torch.testing.assert_close(out, full, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(step[:, 0], full[:, 6], rtol=1e-4, atol=1e-4)
@@ -129,9 +137,8 @@ def test_what_our_attention_does_not_compute_is_refused(kind: str) -> None:
         with pytest.raises(Unsupported) as refused:
             model(ids(), attention_mask=padded)
         assert refused.value.rule == "mask"
-        prompt = model(ids()[:, :4], use_cache=True)
         with pytest.raises(Unsupported) as refused:  # three tokens against a cache of four
-            model(ids()[:, 4:], past_key_values=prompt.past_key_values)
+            model(ids()[:, 4:], **cached(model, ids()[:, :4]))
         assert refused.value.rule == "mask"
     scaled = make(kind)
     for module in scaled.modules():
@@ -151,7 +158,7 @@ def test_training_the_rest_under_a_budget_is_bitwise_the_same(kind: str) -> None
     for site in find_linears(twin):
         site.weight.requires_grad_(site.tied)
     objects = {name: id(p) for name, p in model.named_parameters()}
-    budget = Budget(gpu=60_000, pinned=1 << 20, activations=0)
+    budget = Budget(gpu=90_000, pinned=1 << 20, activations=0)
     with virtualize(model, Plan(budget=budget)) as handle:
         assert handle.tiers is not None
         for seed in range(2):
