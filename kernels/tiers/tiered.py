@@ -72,8 +72,8 @@ class Stats:
     """What happened so far.
 
     Args:
-        resident, timely, late, miss: acquisitions of units that stay on the device, whose prefetch was over, whose
-            prefetch was still under way, and that nobody had asked for.
+        resident, timely, late, miss: acquisitions of units that stay on the device (where all do: modules with weights,
+            each pass), whose prefetch was over, whose prefetch was still under way, and that nobody had asked for.
         to_device_bytes, to_host_bytes: weights and gradients copied.
         from_file_bytes: read from files, ahead or on demand.
         prefetches: copies begun before they were asked for; ``wasted``: those overwritten unread.
@@ -168,6 +168,7 @@ class Tiered:
         self.stats_ = Stats()
         self._state = "open"
         self._hooks: list[Any] = []
+        self._call_hooks: list[Any] = []
         self._with_gradient: set[int] = set()
         self.activation_bytes: int | None = None
 
@@ -265,7 +266,7 @@ class Tiered:
                 raise TierError("close: a forward of the module is in progress on some thread; wait for it")
             homes = {u.index: self._read_back(u) for u in self._units if u.packed or self._in_file[u.index]}
             self._state = "closed"
-        for hook in self._hooks:
+        for hook in self._hooks + self._call_hooks:
             hook.remove()
         self._down_links.drain()
         self._up_links.drain()
@@ -427,6 +428,7 @@ class Tiered:
         if not residency.slots:
             self._expander.close()
         self._staged_bytes = self._expander.staging_bytes if residency.slots else 0
+        self._attach_calls()
 
     # --- hooks -----------------------------------------------------------------------------------------------------
 
@@ -439,9 +441,17 @@ class Tiered:
             for submodule in parts:
                 add(submodule.register_state_dict_post_hook(partial(self._fill_state_dict)))
                 add(submodule.register_load_state_dict_pre_hook(self._refuse_to_load))
-        for submodule, units in self._needs.items():
-            add(submodule.register_forward_pre_hook(self._enter(units)))
-            add(submodule.register_forward_hook(self._leave, always_call=True, prepend=True))
+
+    def _attach_calls(self) -> None:
+        """Hooks around every module that has weights, as long as any of them streams: torch's price for a pair is more
+        than a small layer's launch."""
+        for hook in self._call_hooks:
+            hook.remove()
+        self._call_hooks.clear()
+        for submodule, units in self._needs.items() if self.residency.slots else ():
+            self._call_hooks.append(submodule.register_forward_pre_hook(self._enter(units)))
+            leave = submodule.register_forward_hook(self._leave, always_call=True, prepend=True)
+            self._call_hooks.append(leave)
 
     def _attach_gradients(self) -> None:
         """Hooks on every parameter that wants a gradient by now; freezing and unfreezing between passes is allowed."""
@@ -508,6 +518,8 @@ class Tiered:
                     self._measure()
             before = self._records.get(kind)
             mine.order = self._records[kind] = Order(before.happened if before is not None else ())
+            if not self.residency.slots:
+                self.stats_.resident += len(self._needs)
             # What the slots hold may be older than the host copies by now.
             for unit, slot in list(self._slot_of.items()):
                 if slot.leases == 0 and slot.idle:
@@ -522,6 +534,8 @@ class Tiered:
     def _enter(self, units: tuple[int, ...]) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, arguments: Any) -> None:
             mine = self._mine
+            if not self.residency.slots:
+                return  # this hook was taken off in the call it still runs in
             if mine.order is None:
                 mine.order = Order()  # a submodule called by itself: nothing to go by
                 self._attach_gradients()
