@@ -65,6 +65,8 @@ claims: setup
 matrix: setup
 	sed -i '/^## /,$$d' docs/matrix.md
 	$(BIN)/vbench list --matrix --device cpu >> docs/matrix.md
+	sed -i '/^## /,$$d' docs/conformance.md
+	$(BIN)/vbench list --matrix --kept results/conformance/h200.jsonl >> docs/conformance.md
 
 # Controls over K and the list of them; a test holds the document to the corpus.
 controls: setup

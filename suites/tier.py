@@ -15,6 +15,7 @@ from vbench.reference.ops.offload import OFFLOAD_PASS
 from vbench.reference.ops.tiers import TIER_STACK
 from vbench.reference.ops.types import DTYPES
 from vbench.spec import BenchCase, Case, Generated, Suite
+from vbench.suites.data import REGRESSIONS, WAIVERS
 
 op = TIER_STACK
 TRACES = ("mixed", "cyclic", "palindrome")
@@ -148,4 +149,6 @@ SUITE = Suite(
         Generated("vbench.suites.strategies:tier_fetch_cases", (8, 50, 500)),
     ),
     benches=(*_benches(), *_fetch_benches(), *_offload_benches()),
+    regressions=REGRESSIONS,
+    waivers=WAIVERS,
 )

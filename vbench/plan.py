@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from vbench import regressions
 from vbench.gate import Planned
 from vbench.record import Kind
 from vbench.registry import BackendInfo
-from vbench.spec import Case, Generated, Suite, resolve
+from vbench.spec import Case, Frame, Generated, Suite, resolve
 
 Effort = Literal["quick", "standard", "full"]
 EFFORTS: tuple[Effort, ...] = ("quick", "standard", "full")
@@ -23,6 +24,8 @@ DEADLINE_S: Mapping[Kind, float] = {
 BATTERY = "trivial_kernels"
 #: Suite name in records of ``vbench backend check``: their jobs are thorough.
 CONFORMANCE = "conformance"
+#: Suite name in records of ``vbench fuzz``: thorough too.
+FUZZ = "fuzz"
 ARITHMETIC = "arithmetic"
 
 
@@ -68,13 +71,19 @@ def is_compile(kind: str, case: str) -> bool:
     return kind == "compile" or (kind == "probe" and case.endswith(",place=compile]"))
 
 
-def draw(generated: Generated, count: int, seed: int) -> list[Case]:
-    """``count`` examples of a strategy, reproducible from ``seed``, duplicates dropped."""
+def draw(generated: Generated, count: int, seed: int, frames: Sequence[Frame] = ()) -> list[Case]:
+    """``count`` examples of a strategy, reproducible from ``seed``, duplicates dropped.
+
+    Args:
+        frames: each example lies in one of these; without any, wherever the strategy goes.
+    """
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import seed as with_seed
+    from hypothesis import strategies as st
 
     cases: dict[str, Case] = {}
-    strategy: Any = resolve(generated.strategy)()
+    make: Any = resolve(generated.strategy)
+    strategy: Any = st.sampled_from(list(frames)).flatmap(make) if frames else make()
 
     @with_seed(seed)
     @settings(
@@ -93,8 +102,8 @@ def draw(generated: Generated, count: int, seed: int) -> list[Case]:
 
 
 def check_cases(suite: Suite, effort: Effort, seed: int) -> list[Case]:
-    """Fixed cases first, then the drawn ones."""
-    cases = {case.id: case for case in suite.checks}
+    """What once failed first, then the fixed cases, then the drawn ones."""
+    cases = {case.id: case for case in (*regressions.cases_of(suite), *suite.checks)}
     for number, generated in enumerate(suite.generated):
         for case in draw(generated, generated.count[EFFORTS.index(effort)], seed * 1000 + number):
             cases.setdefault(case.id, case)
