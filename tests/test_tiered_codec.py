@@ -267,3 +267,27 @@ def test_a_tied_weight_and_what_is_no_linear_layer_stay_raw() -> None:
     assert told["blocks.0.up"] and told["blocks.0.down"]
     assert not any(told[name] for name in ("embed", "(root)", "blocks.0.norm", "blocks.0.attention"))
     assert all(unit.stored_bytes == unit.size_bytes for unit in discover(mine)[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("share", [0, 3])
+def test_on_a_gpu_streams_and_kernels_change_no_bit(share: int) -> None:
+    """Copies, Triton's decodes and products on three streams, slots reused all the time; some layers stay or none."""
+    torch.manual_seed(0)
+    width, layers = 1024, 12
+    mine = nn.Sequential(*(nn.Linear(width, width, dtype=torch.bfloat16) for _ in range(layers))).requires_grad_(False)
+    theirs = copy.deepcopy(mine)
+    for layer in linears(theirs):
+        layer.weight.copy_(decoded(layer.weight))
+    theirs.to("cuda")
+    staging = 2 * (Packing(width, width).size_bytes + 2 * width + 512)
+    gpu = (2 + share) * (2 * width * width + 4 * width) + staging
+    budget = Budget(gpu=gpu, pinned=1 << 26, activations=0)
+    with tier(mine, budget=budget, device="cuda", codec="nvfp4") as handle, torch.no_grad():
+        assert sum(unit["resident"] for unit in handle.plan()["units"]) == share
+        for seed in range(20):
+            x = torch.randn(
+                7, width, dtype=torch.bfloat16, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)
+            )
+            assert torch.equal(mine(x), theirs(x)), seed
+    assert all(torch.equal(p, q.cpu()) for p, q in zip(mine.parameters(), theirs.parameters(), strict=True))
