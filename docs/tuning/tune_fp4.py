@@ -66,22 +66,17 @@ def candidates(m: int, n: int, k: int, fmt: str) -> list[Plan]:
             plans.append(Plan("stationary", 16, max(8, bm), 16, 16, 1, parts, dependent=True))
         return plans
     plans = []
-    wide = ((128, 256, 2), (256, 128, 3), (128, 128, 4), (128, 64, 6))
-    for bn, bm, stages in wide if fmt != "nf4" else ((128, 64, 6),):
+    tiles = ((128, 64, 6),) if fmt == "nf4" else ((256, 128, 3), (128, 128, 4), (128, 64, 6))
+    for bn, bm, stages in tiles:
         if m > 256 and bm == 64 and fmt != "nf4":
             continue
         count = -(-n // bn) * -(-m // bm)
         for scaled in (False, True) if fmt == "absmax7_g128" else (False,):
             if fmt == "absmax7_g128" and not scaled and bn * bm > 128 * 128:
                 continue  # no registers for two sums
-            cuts = [(1, False)]
-            if count > linear.GLUON_PROCESSORS:
-                cuts += [(2, True), (4, True)]
-            else:
-                cuts += [(split, False) for split in (2, 4) if count * split <= 2 * linear.GLUON_PROCESSORS]
+            splits = [1, *(s for s in (2, 4) if count * s <= 2 * linear.GLUON_PROCESSORS)]
             plans += [
-                Plan("gluon", bn, bm, 32, 12, stages, split, tail=tail, scaled=scaled, block_sums=fmt == "nf4")
-                for split, tail in cuts
+                Plan("gluon", bn, bm, 32, 12, stages, split, scaled=scaled, block_sums=fmt == "nf4") for split in splits
             ]
     if m >= 1024:
         plans.append(Plan("dequant_cublas", 0, 0, 0, 0, 0, chunk=linear.DEQUANT_CHUNK))
@@ -119,7 +114,7 @@ def _fake_inputs(
     if plan.path == "gluon":
         from vbench.kernels.triton.linear_gluon import gluon_linear_kernel
 
-        how = (plan.bn, plan.bm, plan.stages), plan.split, plan.block_sums, plan.tail, plan.scaled
+        how = (plan.bn, plan.bm, plan.stages), plan.split, plan.block_sums, plan.scaled
         return gluon_linear_kernel, *gluon_call(weight, x, None, y, "bf16", "none", *how)
     if plan.path == "stationary":
         from vbench.kernels.triton.linear_stationary import stationary_kernel
@@ -183,7 +178,7 @@ def plan_name(plan: Plan) -> str:
     if plan.path == "dequant_cublas":
         return f"dq{plan.chunk}"
     name = f"{plan.path[0]}{plan.bn}x{plan.bm}s{plan.stages}k{plan.split}"
-    flags = {"w": plan.walk, "t": plan.tail, "x": plan.scaled, "c": not plan.block_sums, "d": plan.dependent}
+    flags = {"w": plan.walk, "x": plan.scaled, "c": not plan.block_sums, "d": plan.dependent}
     return name + f"n{plan.warps}" * (plan.path == "fused") + "".join(letter for letter, on in flags.items() if on)
 
 
@@ -402,7 +397,7 @@ def bench_cell(
         try:
             rounding: tuple[str, ...] = ("bf16",) if fmt == "nf4" else ("bf16", "bf16") if plan.scaled else ()
             if plan.path == "dequant_cublas":
-                calls = [bind_dequant(fmt, w, x, None, y, "bf16", "none", plan.chunk) for w in weights[:4]]
+                calls = [bind_dequant(fmt, w, x, y, "bf16", "none", plan.chunk) for w in weights[:4]]
                 rounding = OPERAND_ROUNDINGS[fmt, "bf16"]
             else:
                 key = (_order(plan), plan.bkw)

@@ -61,7 +61,6 @@ class Plan:
         split: parts that K is summed in (in different programs, but for ``walk``).
         walk: ``fused``: one program sums all parts, in turn.
         scaled: ``gluon``, groups of 128: scales multiply weights instead of sums; both are rounded to x's dtype.
-        tail: ``gluon``: only the tiles beyond whole waves of programs are summed in parts.
         block_sums: ``fused``: add one float32 sum a K block instead of carrying the matrix unit's accumulator along.
         chunk: ``dequant_cublas``: weight rows decoded at a time, into scratch memory of as many rows.
         wide: mxfp4 with float32 scales on sums instead of scales in the operand: see ``packing.PackedWeight``.
@@ -77,7 +76,6 @@ class Plan:
     split: int = 1
     walk: bool = False
     scaled: bool = False
-    tail: bool = False
     block_sums: bool = True
     chunk: int = 0
     wide: bool = False
@@ -88,34 +86,30 @@ Table = tuple[tuple[int, Plan], ...]
 
 _UP_TO_32: Table = (
     (8, Plan("fused", 64, 8, 64, 4, 4)),
-    (16, Plan("fused", 64, 16, 64, 4, 4)),
-    (32, Plan("fused", 64, 32, 64, 4, 3)),
+    (16, Plan("fused", 64, 16, 64, 4, 3)),
+    (32, Plan("fused", 64, 32, 64, 4, 3, walk=True)),
 )
+#: Warps of 32 rows or with two warps a program round a g128 sum in another order (docs/tuning/fp4.md, run 4): no entry
+#: up to SPLIT_MAX_M tokens may have 128 rows on four warps.
+_UP_TO_64: Table = (*_UP_TO_32, (64, Plan("fused", 64, 64, 64, 4, 3, walk=True)))
 _SCALE_IN_EPILOGUE: Table = (
     (8, Plan("fused", 64, 8, 64, 2, 4)),
-    *_UP_TO_32[1:],
-    (64, Plan("fused", 64, 64, 64, 4, 3)),
+    *_UP_TO_64[1:],
     (2**31, Plan("fused", 128, 128, 32, 4, 3, block_sums=False)),
 )
-_FLOAT_GROUPS: Table = (
-    *_UP_TO_32,
-    (64, Plan("fused", 128, 64, 64, 8, 3)),
+_BEYOND_64: Table = (
     (512, Plan("fused", 64, 128, 32, 4, 3)),
     (2**31, Plan("fused", 128, 128, 32, 8, 3)),
 )
-_E2M1: Table = (
-    *_UP_TO_32,
-    (64, Plan("fused", 128, 64, 64, 8, 3)),
-    (2**31, Plan("fused", 256, 128, 32, 8, 3, block_sums=False)),
-)
+_E2M1: Table = ((2**31, Plan("fused", 256, 128, 32, 8, 3, block_sums=False)),)
 #: Format -> (largest m, plan)..., for 16-bit x. Measured on one H200: docs/tuning/fp4.md.
 TABLES: Mapping[str, Table] = {
     "absmax7_tensor": _SCALE_IN_EPILOGUE,
     "absmax7_row": _SCALE_IN_EPILOGUE,
-    "absmax7_g128": _FLOAT_GROUPS,
-    "nvfp4": _E2M1,
-    "mxfp4": _E2M1,
-    "nf4": _FLOAT_GROUPS,
+    "absmax7_g128": (*_UP_TO_64, *_BEYOND_64),
+    "nvfp4": (*_UP_TO_32, (64, Plan("fused", 128, 64, 64, 8, 3, walk=True)), *_E2M1),
+    "mxfp4": (*_UP_TO_64, *_E2M1),
+    "nf4": (*_UP_TO_32, (64, Plan("fused", 64, 64, 64, 4, 3)), *_BEYOND_64),
 }
 #: mxfp4 with float32 scales on sums: a block's code position is a group.
 TABLE_WIDE: Table = (
@@ -193,19 +187,31 @@ def choose_gluon(m: int, n: int, k: int, fmt: str) -> Plan:
     bn, bm, stages, _ = min(GLUON_TILES, key=cost)
     # nf4's two sums a block stay in flight together only where they are added block by block.
     sums = fmt == "nf4"
-    return Plan("gluon", bn, 64 if sums else bm, linear_gluon_host.BKW, 12, stages, parts(bn, bm), block_sums=sums)
+    return Plan(
+        "gluon",
+        bn,
+        64 if sums else bm,
+        linear_gluon_host.BKW,
+        12,
+        stages,
+        parts(bn, bm),
+        scaled=fmt == "absmax7_g128",
+        block_sums=sums,
+    )
 
 
 def choose_plan(
-    m: int, n: int, k: int, fmt: str, x: str, act: str, device: Device, hopper: bool = False, wide: bool = False
-) -> Plan:
+    m: int, n: int, k: int, fmt: str, x: str, act: str, device: Device, hopper: bool = False, wide: bool = False,
+    bias: bool = False,
+) -> Plan:  # fmt: skip
     """The tables' entry for a case.
 
     Args:
         hopper: the Gluon kernels can run here and suit the tensors.
         wide: mxfp4 scales must multiply sums (``packing.PackedWeight``).
+        bias: there is one.
     """
-    if not wide and device == "cuda" and m >= DEQUANT_FROM_M[fmt] and takes(fmt, x, act):
+    if not wide and device == "cuda" and m >= DEQUANT_FROM_M[fmt] and takes(fmt, x, act, bias):
         return Plan("dequant_cublas", 0, 0, 0, 0, 0, chunk=DEQUANT_CHUNK)
     if hopper and m > SPLIT_MAX_M and linear_gluon_host.takes(fmt, x, n, k):
         return choose_gluon(m, n, k, fmt)
@@ -214,7 +220,7 @@ def choose_plan(
     table = TABLE_FP32 if x == "fp32" else TABLE_WIDE if wide else TABLES[fmt]
     plan = next(p for limit, p in table if m <= limit)
     if m <= SPLIT_MAX_M:
-        plan = replace(plan, split=split_count(n, k), walk=n >= WALK_ROWS)
+        plan = replace(plan, split=split_count(n, k), walk=plan.walk and n >= WALK_ROWS)
     return replace(plan, wide=wide)
 
 
@@ -283,10 +289,12 @@ class LinearKernel:
         if (wide and not self.plan.wide) or (gluon and not linear_gluon_host.takes_tensors(inputs, x, y)):
             # An explicit rule, not a fallback on failure: the copy engine needs aligned rows, the fast scale decode
             # normal scales, and an operand has not the range of all E8M0 scales. ``plan`` says what was taken.
-            plan = choose_plan(self.m, self.n, self.k, self.fmt, self.x, self.act, self.device, wide=wide)
+            plan = choose_plan(
+                self.m, self.n, self.k, self.fmt, self.x, self.act, self.device, wide=wide, bias=self.has_bias
+            )
             self.plan = with_options(plan, self.options)
         if self.plan.path == "dequant_cublas":
-            return bind_dequant(self.fmt, inputs, x, bias, y, self.x, self.act, self.plan.chunk)
+            return bind_dequant(self.fmt, inputs, x, y, self.x, self.act, self.plan.chunk)
         packed = pack_for(self.plan, self.fmt, inputs, self.n, self.k, self.x)
         return bind_packed(packed, x, bias, y, self.x, self.act, self.plan)
 
@@ -345,7 +353,7 @@ def bind_packed(weight: PackedWeight, x: Any, bias: Any, y: Any, x_name: str, ac
     if plan.path == "gluon":
         tile = (plan.bn, plan.bm, plan.stages)
         return linear_gluon_host.bind_gluon(
-            weight, x, bias, y, x_name, act, tile, plan.split, plan.block_sums, plan.tail, plan.scaled
+            weight, x, bias, y, x_name, act, tile, plan.split, plan.block_sums, plan.scaled
         )
     if plan.path == "stationary":
         return linear_stationary_host.bind_stationary(weight, x, bias, y, x_name, act, plan.split, plan.dependent)
@@ -396,5 +404,5 @@ def make(case: Case, variant: str, device: Device, **options: str) -> LinearKern
     hopper = device == "cuda" and linear_gluon_host.available()
     x = case.text("x")
     wide = needs_wide(fmt, x)
-    plan = choose_plan(m, n, k, fmt, x, case.text("act"), device, hopper and not wide, wide)
+    plan = choose_plan(m, n, k, fmt, x, case.text("act"), device, hopper and not wide, wide, bool(case.axis("bias")))
     return LinearKernel(case, device, with_options(plan, options), options)

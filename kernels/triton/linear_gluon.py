@@ -106,40 +106,30 @@ _E2M1_FP16_LOW = gl.constexpr(
 _E2M1_FP16_HIGH = gl.constexpr(
     _E2M1_FP16.format(magnitude_a="shl.b32 t, $2, 1;", magnitude_b="shr.u32 u, $2, 3;", sign_a=4, sign_b=0)
 )
-COUNTS = ["M", "k_blocks", "part_blocks", "parts", "whole", "m_tiles", "n_tiles"]
+COUNTS = ["M", "k_blocks", "part_blocks", "parts", "m_tiles", "n_tiles"]
 
 
 @gluon.jit
-def _work(index, parts, whole, m_tiles, n_tiles, GROUP_M: gl.constexpr):
-    """Work number -> (part of K, token tile, feature tile): GROUP_M token tiles share weights that they meet in L2.
-
-    The first ``whole`` tiles are one piece of work each (part 0), each of the others ``parts``.
-    """
-    later = gl.maximum(index - whole, 0)
-    tile = gl.minimum(index, whole) + later // parts
+def _work(index, parts, m_tiles, n_tiles, GROUP_M: gl.constexpr):
+    """Work number -> (part of K, token tile, feature tile): GROUP_M token tiles share weights that they meet in L2."""
+    tile = index // parts
     group = tile // (GROUP_M * n_tiles)
     group_rows = gl.minimum(m_tiles - group * GROUP_M, GROUP_M)
     inner = tile - group * GROUP_M * n_tiles
-    return later % parts, group * GROUP_M + inner % group_rows, inner // group_rows
-
-
-@gluon.jit
-def _length(index, whole, part_blocks, k_blocks):
-    """K blocks of a piece of work, but for a shorter last part."""
-    return gl.where(index < whole, k_blocks, part_blocks)
+    return index - tile * parts, group * GROUP_M + inner % group_rows, inner // group_rows
 
 
 @gluon.jit
 def _produce(
-    x_desc, codes_desc, x_smem, w_smem, full, empty, k_blocks, part_blocks, parts, whole, m_tiles, n_tiles,
+    x_desc, codes_desc, x_smem, w_smem, full, empty, k_blocks, part_blocks, parts, m_tiles, n_tiles,
     ROWS: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     TILES: gl.constexpr = 2 * ROWS // 64
     count = 0
-    for index in range(gl.program_id(0), whole + parts * (m_tiles * n_tiles - whole), gl.num_programs(0)):
-        part, tile_m, tile_n = _work(index, parts, whole, m_tiles, n_tiles, GROUP_M)
+    for index in range(gl.program_id(0), parts * m_tiles * n_tiles, gl.num_programs(0)):
+        part, tile_m, tile_n = _work(index, parts, m_tiles, n_tiles, GROUP_M)
         first = part * part_blocks
-        for block in range(first, gl.minimum(first + _length(index, whole, part_blocks, k_blocks), k_blocks)):
+        for block in range(first, gl.minimum(first + part_blocks, k_blocks)):
             stage = count % STAGES
             mbarrier.wait(empty.index(stage), ((count // STAGES) & 1) ^ 1)
             bar = full.index(stage)
@@ -264,7 +254,7 @@ def _activate(value, ACT: gl.constexpr):
 @gluon.jit
 def _consume(
     y_desc, scale_ptr, global_ptr, bias_ptr, partial_ptr, ticket_ptr, x_smem, w_smem, y_smem, full, empty, N, k_blocks,
-    part_blocks, parts, whole, m_tiles, n_tiles,
+    part_blocks, parts, m_tiles, n_tiles,
     FORMAT: gl.constexpr, GROUP: gl.constexpr, X: gl.constexpr, ACT: gl.constexpr, HAS_BIAS: gl.constexpr,
     ROWS: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, BLOCK_SUMS: gl.constexpr,
     SPLIT: gl.constexpr, SCALED: gl.constexpr, WORKER: gl.constexpr,
@@ -287,10 +277,10 @@ def _consume(
     y_tile = y_smem.index(WORKER)
     zero = gl.zeros([ROWS, BM], gl.float32, ACC)
     count = 0
-    for index in range(gl.program_id(0), whole + parts * (m_tiles * n_tiles - whole), gl.num_programs(0)):
-        part_k, tile_m, tile_n = _work(index, parts, whole, m_tiles, n_tiles, GROUP_M)
+    for index in range(gl.program_id(0), parts * m_tiles * n_tiles, gl.num_programs(0)):
+        part_k, tile_m, tile_n = _work(index, parts, m_tiles, n_tiles, GROUP_M)
         first = part_k * part_blocks
-        last = gl.minimum(first + _length(index, whole, part_blocks, k_blocks), k_blocks)
+        last = gl.minimum(first + part_blocks, k_blocks)
         start = gl.minimum(first, k_blocks - 1)
         # Rows beyond N decode to rubbish that the copy engine clips; their scales are not read.
         first_row = (tile_n * 2 + WORKER) * ROWS
@@ -387,8 +377,8 @@ def _consume(
                 acc += total if GROUPS > 0 else part
 
         finish = True
-        if SPLIT and index >= whole:
-            tile = (index - whole) // parts
+        if SPLIT:
+            tile = index // parts
             element = acc_rows[:, None] * BM + tokens[None, :]
             workspace = partial_ptr + (tile * parts * 2 + WORKER).to(gl.int64) * (ROWS * BM) + element
             gl.store(workspace + part_k * (2 * ROWS * BM), acc, cache_modifier=".cg")
@@ -422,7 +412,7 @@ def _consume(
 @gluon.jit(do_not_specialize=COUNTS)
 def gluon_linear_kernel(
     x_desc, codes_desc, y_desc, scale_ptr, global_ptr, bias_ptr, partial_ptr, ticket_ptr,
-    M, N, k_blocks, part_blocks, parts, whole, m_tiles, n_tiles,
+    M, N, k_blocks, part_blocks, parts, m_tiles, n_tiles,
     FORMAT: gl.constexpr, GROUP: gl.constexpr, X: gl.constexpr, ACT: gl.constexpr, HAS_BIAS: gl.constexpr,
     ROWS: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, BLOCK_SUMS: gl.constexpr,
     SPLIT: gl.constexpr, SCALED: gl.constexpr, REGISTERS: gl.constexpr,
@@ -432,16 +422,15 @@ def gluon_linear_kernel(
     Args:
         x_desc: x [M, K], block [BM, 32]; codes_desc: int16 [tiles x blocks x 64, 32], block [64, 32]; both with the
             64-byte swizzle. y_desc: y [M, N], block [BM, ROWS].
-        partial_ptr: float32 [tiles in parts, parts, 2, ROWS, BM]; ticket_ptr: int32 [tiles in parts, 2], zero before
-            and after.
+        partial_ptr: float32 [m_tiles x n_tiles, parts, 2, ROWS, BM]; ticket_ptr: int32 [m_tiles x n_tiles, 2], zero
+            before and after.
         k_blocks: K blocks of 128, an even number; part_blocks: of them in each of ``parts`` parts, even too.
-        whole: so many of the tiles, the first, are not cut in parts: whole waves of programs.
         GROUP: columns that share a float32 scale (128 or 64), or 0.
         ROWS: features of one of the two consumers, a multiple of 64.
         BLOCK_SUMS: the order of sums that ``linear`` promises up to SPLIT_MAX_M tokens: 256 columns, then the next.
         SCALED: groups of 128: scales, rounded to x's dtype, multiply the weights, whose product rounds again; else
             scales multiply sums, for which wide token tiles have no registers.
-        SPLIT: parts meet in ``partial_ptr``; else ``parts`` is 1 and ``whole`` 0.
+        SPLIT: parts meet in ``partial_ptr``; else ``parts`` is 1.
     """
     TILES: gl.constexpr = 2 * ROWS // 64
     x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES * 4, BM, BKW], x_desc.layout)
@@ -455,17 +444,17 @@ def gluon_linear_kernel(
     fence_async_shared()
     gl.warp_specialize([
         (_produce, (
-            x_desc, codes_desc, x_smem, w_smem, full, empty, k_blocks, part_blocks, parts, whole, m_tiles, n_tiles,
+            x_desc, codes_desc, x_smem, w_smem, full, empty, k_blocks, part_blocks, parts, m_tiles, n_tiles,
             ROWS, BM, STAGES, GROUP_M,
         )),
         (_consume, (
             y_desc, scale_ptr, global_ptr, bias_ptr, partial_ptr, ticket_ptr, x_smem, w_smem, y_smem, full, empty, N,
-            k_blocks, part_blocks, parts, whole, m_tiles, n_tiles,
+            k_blocks, part_blocks, parts, m_tiles, n_tiles,
             FORMAT, GROUP, X, ACT, HAS_BIAS, ROWS, BM, STAGES, GROUP_M, BLOCK_SUMS, SPLIT, SCALED, 0,
         )),
         (_consume, (
             y_desc, scale_ptr, global_ptr, bias_ptr, partial_ptr, ticket_ptr, x_smem, w_smem, y_smem, full, empty, N,
-            k_blocks, part_blocks, parts, whole, m_tiles, n_tiles,
+            k_blocks, part_blocks, parts, m_tiles, n_tiles,
             FORMAT, GROUP, X, ACT, HAS_BIAS, ROWS, BM, STAGES, GROUP_M, BLOCK_SUMS, SPLIT, SCALED, 1,
         )),
     ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip

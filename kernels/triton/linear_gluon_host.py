@@ -47,7 +47,7 @@ def takes_tensors(inputs: Mapping[str, Any], x: Any, y: Any) -> bool:
 
 def gluon_call(
     weight: PackedWeight, x: Any, bias: Any, y: Any, x_name: str, act: str, tile: tuple[int, int, int], parts: int,
-    block_sums: bool, tail: bool = False, scaled: bool = False,
+    block_sums: bool, scaled: bool = False,
 ) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:  # fmt: skip
     """Grid, arguments and constants. Allocates the workspace of sums that cross programs, and their tickets.
 
@@ -55,7 +55,6 @@ def gluon_call(
         tile: features of a program, half of them a consumer's; tokens; stages.
         parts: parts of K, each whole blocks of 256 columns.
         scaled: groups of 128: scales multiply weights, both rounded to x's dtype.
-        tail: cut in parts only the tiles that do not fill a whole wave of programs.
         block_sums: add the sums of 256 columns in float32: the order of sums up to ``linear.SPLIT_MAX_M`` tokens.
     """
     from triton.experimental.gluon import language as gl
@@ -77,13 +76,11 @@ def gluon_call(
     m_tiles, n_tiles = triton.cdiv(m, bm), triton.cdiv(n, bn)
     processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
     tiles = m_tiles * n_tiles
-    whole = tiles - tiles % processors if tail and parts > 1 else 0
-    cut = tiles - whole
-    partial = torch.empty(max(4, cut * parts * bn * bm if parts > 1 else 0), dtype=torch.float32, device=x.device)
-    tickets = torch.zeros(max(1, 2 * cut), dtype=torch.int32, device=x.device)
+    partial = torch.empty(tiles * parts * bn * bm if parts > 1 else 4, dtype=torch.float32, device=x.device)
+    tickets = torch.zeros(2 * tiles, dtype=torch.int32, device=x.device)
     arguments = (
         x_desc, codes_desc, y_desc, scale, weight.global_scale, x if bias is None else bias, partial, tickets,
-        m, n, weight.k_blocks, part_blocks, parts, whole, m_tiles, n_tiles,
+        m, n, weight.k_blocks, part_blocks, parts, m_tiles, n_tiles,
     )  # fmt: skip
     constants: dict[str, Any] = {
         "FORMAT": weight.fmt,
@@ -101,12 +98,12 @@ def gluon_call(
         "REGISTERS": REGISTERS,
         "num_warps": 4,
     }
-    return (min(processors, whole + cut * parts),), arguments, constants
+    return (min(processors, tiles * parts),), arguments, constants
 
 
 def bind_gluon(
     weight: PackedWeight, x: Any, bias: Any, y: Any, x_name: str, act: str, tile: tuple[int, int, int], parts: int,
-    block_sums: bool, tail: bool = False, scaled: bool = False,
+    block_sums: bool, scaled: bool = False,
 ) -> Launch:  # fmt: skip
     """A launch that writes y [m, n]. The caller has asked ``available``, ``takes`` and ``takes_tensors``.
 
@@ -114,7 +111,7 @@ def bind_gluon(
     """
     from vbench.kernels.triton.linear_gluon import gluon_linear_kernel
 
-    grid, arguments, constants = gluon_call(weight, x, bias, y, x_name, act, tile, parts, block_sums, tail, scaled)
+    grid, arguments, constants = gluon_call(weight, x, bias, y, x_name, act, tile, parts, block_sums, scaled)
 
     def launch() -> None:
         gluon_linear_kernel[grid](*arguments, **constants)
