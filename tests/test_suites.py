@@ -32,6 +32,8 @@ STRATEGIES: dict[str, Callable[[], SearchStrategy[Case]]] = {
     "fp4_linear": strategies.fp4_linear_cases,
     "attention": strategies.attention_cases,
     "attention_backward": strategies.attention_backward_cases,
+    "attention_extended": strategies.extended_attention_cases,
+    "attention_extended_backward": strategies.extended_attention_backward_cases,
     "tier_stack": strategies.tier_cases,
     "tier_fetch": strategies.tier_fetch_cases,
     "int8_linear": strategies.int8_linear_cases,
@@ -139,10 +141,14 @@ def test_check_cases_are_small_but_for_the_metric_ones() -> None:
     blocks = [case for case in model.SUITE.checks if case.op == "decoder_block"]
     assert len(blocks) <= 30 and all(elements(case) < 1_000_000 for case in blocks)
     # Head dims that only kernels for matrix units take, with lengths past one tile.
-    units = [case for case in attention.SUITE.checks if case.axis("d") >= 64 and case.axis("sq") < 256]
+    plain = [case for case in attention.SUITE.checks if not case.op.startswith("attention_extended")]
+    units = [case for case in plain if case.axis("d") >= 64 and case.axis("sq") < 256]
     assert len(units) == 2 * len(attention.MATRIX_UNIT_SHAPES) <= 8
     assert all(elements(case) < 1_100_000 for case in units)
-    small = {*blocks, *units}
+    # Lengths at which a fused backward went wrong.
+    shifted = [case for case in attention.SUITE.checks if "mask=shifted" in case.id and case.axis("d") == 64]
+    assert len(shifted) == len(attention.SHIFTED_LENGTHS) == 3
+    small = {*blocks, *units, *shifted}
     large = [case for suite in SUITES for case in suite.checks if case not in small and elements(case) > 70_000]
     assert len(large) == len(ENCODINGS) * (len(fp4.METRIC_DISTRIBUTIONS) + 1) + 2 + 4 + 2
     metric_sizes = ("n=512,k=512", "n=512,k=2048", "sq=256,sk=256", "item_bytes=4096")
