@@ -188,7 +188,8 @@ def backward_laws(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:
 def _last_sequence(inputs: dict[str, Any], of: str) -> Tensor:
     """bool [length]: rows (``of`` q) or keys (k) of the last packed sequence."""
     length = inputs[of].shape[2]
-    return torch.arange(length, device=inputs[of].device) >= inputs[f"cu_{of}"][-2]
+    rows = torch.arange(length, device=inputs[of].device)
+    return rows >= int(inputs[f"cu_{of}"][-2])
 
 
 def extended_laws(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 from vbench.reference.ops.attention import ATTENTION, ATTENTION_BACKWARD, ATTENTION_DISTRIBUTIONS
 from vbench.reference.ops.attention_extended import ATTENTION_EXTENDED, ATTENTION_EXTENDED_BACKWARD
 from vbench.reference.ops.types import DTYPES
-from vbench.spec import BenchCase, Case, Generated, Suite
+from vbench.spec import BenchCase, Case, Generated, Op, Suite
 from vbench.suites.data import REGRESSIONS, WAIVERS
 
 Effort = Literal["quick", "standard", "full"]
@@ -152,18 +153,21 @@ EXTENDED: tuple[dict[str, int | str], ...] = (
     {"packed": 4, "alibi": 1, "sinks": 1, "mask": "blocked", "softcap": 2, "window": 9, "causal": "top_left"},
     {"alibi": 1, "sinks": 1, "mask": "normal", "maskdims": "hqk", "b": 2, "causal": "bottom_right", "layout": "padded"},
 )
+EXTENDED_SHAPE: dict[str, int | str] = {"hq": 4, "hk": 2, "sq": 19, "sk": 40, "d": 16}
 #: Lengths of the shifted masks that a fused backward failed on: pytorch/pytorch#196678 (cuDNN, since torch 2.11, NaN in
 #: dq where a mask is given, the length leaves 64 over 128, and lse is below ln of the smallest normal float32).
 SHIFTED_LENGTHS = (192, 256, 320)
 
 
+def _extended_case(kind: Op, dtype: str, features: Mapping[str, int | str]) -> Case:
+    values: dict[str, Any] = {"dtype": dtype, **EXTENDED_SHAPE, **features}
+    return kind.case(**values)
+
+
 def _extended_checks() -> tuple[Case, ...]:
     ops = (ATTENTION_EXTENDED, ATTENTION_EXTENDED_BACKWARD)
     return (
-        *(
-            op.case(**{"dtype": dtype, "hq": 4, "hk": 2, "sq": sq, "sk": sk, "d": 16, **features})
-            for op, dtype, features, (sq, sk) in product(ops, DTYPES, EXTENDED, ((19, 40),))
-        ),
+        *(_extended_case(op, dtype, features) for op, dtype, features in product(ops, DTYPES, EXTENDED)),
         # More queries than keys; a gradient of lse with sinks.
         *(op.case(sinks=1, causal="bottom_right", hq=2, hk=1, sq=40, sk=19, d=16) for op in ops),
         ATTENTION_EXTENDED_BACKWARD.case(dtype="fp16", sinks=1, alibi=1, dlse=1, hq=2, hk=2, sq=20, sk=33, d=20),

@@ -109,7 +109,7 @@ def test_the_oracle_is_the_dense_formula_and_its_derivative(features: dict[str, 
     inputs = meaning.extended_backward_inputs(case, "cpu")
     leaves = [inputs[name].double().requires_grad_() for name in "qkv"]
     sink = inputs.get("sink", torch.full((2,), -torch.inf)).double().requires_grad_()
-    out, lse = dense(case, inputs, *leaves, sink)
+    out, lse = dense(case, inputs, leaves[0], leaves[1], leaves[2], sink)
     torch.testing.assert_close(
         meaning.extended_float64(case, inputs), (out.detach(), lse.detach()), rtol=1e-12, atol=1e-12
     )
@@ -272,7 +272,11 @@ def test_cases_without_a_meaning_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         case = case_of(FORWARD, **values)
         rejected = FORWARD.reject(case)
         assert rejected is not None and rejected[0] == rule
-    for rule, values in (*bad, ("head_dim_above_256", {"d": 257}), ("too_long", {"sq": 1 << 29})):
+    large: tuple[tuple[str, dict[str, int | str]], ...] = (
+        ("head_dim_above_256", {"d": 257}),
+        ("too_long", {"sq": 1 << 29}),
+    )
+    for rule, values in (*bad, *large):
         with pytest.raises(Unsupported, match=rule):
             kernels.make(case_of(FORWARD, **values), "", "cpu")
 

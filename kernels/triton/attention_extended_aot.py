@@ -23,6 +23,12 @@ KERNELS = {
     "extended_gradient_of_queries": "attention_extended_backward",
     "extended_gradient_of_keys": "attention_extended_backward",
 }
+#: Local memory that a thread may have in fp32 at head dim 256, bytes.
+FP32_SPILL_BYTES = 512
+FP32_SPILL_REASON = (
+    "an FMA product keeps whole rows of both operands in registers, more than there are at head dim 256 "
+    "(docs/tuning/attention.md, Plain backward)"
+)
 #: Fewest rows of a warp-group instruction's left operand.
 WARP_GROUP_ROWS = 64
 
@@ -72,6 +78,7 @@ def configuration(
     unit: Unit = "hgmma" if arch == 90 and owned >= WARP_GROUP_ROWS else "hmma"
     if dtype == "fp32":
         unit = "ffma"
+    wide = dtype == "fp32" and d == 256
     return Configuration(
         op=KERNELS[kernel],
         kernel=kernel,
@@ -87,6 +94,8 @@ def configuration(
             "features": int(features),
         },
         compile=partial(_compile, kernel, dtype, d, tile, features, arch),
+        spill_bytes_allowed=FP32_SPILL_BYTES if wide else 0,
+        spill_reason=FP32_SPILL_REASON if wide else "",
         bounds={f"loop.{unit.upper()}": (1.0, math.inf)},
         effort=effort,
     )
