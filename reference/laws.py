@@ -196,7 +196,7 @@ def extended_laws(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:
     """Of ``attention_extended``.
 
     doubled_v: out(2 v) = 2 out(v), sinks or not. other_sequences: other keys and values of the last packed sequence
-    change no bit of the others. blocked_keys: a key that the mask hides from every row has weight 0, of any value.
+    change no bit of the others.
     """
     layout, k, v = case.text("layout"), inputs["k"], inputs["v"]
 
@@ -215,17 +215,6 @@ def extended_laws(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:
             changed(_last_sequence(inputs, "k")),
             _unchanged(lambda t: t[:, :, kept.to(t.device)]),
         )
-    if "mask" in inputs:
-        mask, first = inputs["mask"].clone(), torch.arange(k.shape[2], device=k.device) == 0
-        mask[..., 0] = -torch.inf
-
-        def leaks(_: Outputs, second: Outputs) -> str:
-            # Key 0 is hidden, and its value so large that any weight but 0 would show.
-            return next((f"{n} follows a hidden key" for n in second if bool((second[n].abs() > 2.0**60).any())), "")
-
-        huge = torch.where(first[None, None, :, None], torch.finfo(v.dtype).max, v.float()).to(v.dtype)
-        if case.text("dtype") != "fp16":
-            yield Law("blocked_keys", case, {**inputs, "mask": mask, "v": lay_out(huge, layout)}, leaks)
 
 
 def extended_backward_laws(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:

@@ -153,7 +153,7 @@ EXTENDED: tuple[dict[str, int | str], ...] = (
     {"packed": 4, "alibi": 1, "sinks": 1, "mask": "blocked", "softcap": 2, "window": 9, "causal": "top_left"},
     {"alibi": 1, "sinks": 1, "mask": "normal", "maskdims": "hqk", "b": 2, "causal": "bottom_right", "layout": "padded"},
 )
-EXTENDED_SHAPE: dict[str, int | str] = {"hq": 4, "hk": 2, "sq": 19, "sk": 40, "d": 16}
+EXTENDED_SHAPE: dict[str, int | str] = {"hq": 2, "hk": 1, "sq": 19, "sk": 40, "d": 16}
 #: Lengths of the shifted masks that a fused backward failed on: pytorch/pytorch#196678 (cuDNN, since torch 2.11, NaN in
 #: dq where a mask is given, the length leaves 64 over 128, and lse is below ln of the smallest normal float32).
 SHIFTED_LENGTHS = (192, 256, 320)

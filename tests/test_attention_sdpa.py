@@ -155,6 +155,7 @@ def behaviour(name: str) -> bool:
 
     from vbench.errors import Unsupported
     from vbench.kernels.triton import attention_sdpa
+    from vbench.kernels.triton.attention_autograd import _of as kernel_of
 
     q, k, v = (torch.randn(1, 2, 9, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
 
@@ -167,22 +168,22 @@ def behaviour(name: str) -> bool:
     with attention_sdpa.installed():
         assert attention_sdpa.active() == attention_sdpa.NAME
         if name in ("dropout", "scale", "mask"):
-            options: dict[str, Any] = {
+            refused: dict[str, dict[str, Any]] = {
                 "dropout": {"dropout_p": 0.5},
                 "scale": {"scale": 0.5},
                 "mask": {"attn_mask": torch.zeros(9, 9)},
-            }[name]
+            }
             try:
                 # Past SDPA's own choice, which turns to the maths backend for some of these.
-                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, **options)
+                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, **refused[name])
             except Unsupported as error:
                 return error.rule == name
             return False
         ours = []
-        with mock.patch.object(attention_sdpa, "_of", side_effect=attention_sdpa._of) as asked:
+        with mock.patch.object(attention_sdpa, "kernel_of", side_effect=kernel_of) as asked:
             call(is_causal=True)
             ours.append(asked.call_count)
-    with mock.patch.object(attention_sdpa, "_of", side_effect=attention_sdpa._of) as asked:
+    with mock.patch.object(attention_sdpa, "kernel_of", side_effect=kernel_of) as asked:
         again = call(is_causal=True)
         ours.append(asked.call_count)
     return ours == [1, 0] and attention_sdpa.active() is None and torch.equal(before, again)

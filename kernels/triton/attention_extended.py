@@ -48,7 +48,7 @@ HALF = {
     32: (Tile(64, 32, 4, 2), BackwardTiles(Tile(64, 32, 4, 2), Tile(32, 64, 4, 2))),
     64: (Tile(64, 32, 4, 2), BackwardTiles(Tile(64, 32, 4, 2), Tile(16, 64, 4, 2))),
     128: (Tile(64, 32, 8, 2), BackwardTiles(Tile(64, 32, 8, 2), Tile(16, 64, 8, 1))),
-    256: (Tile(64, 16, 8, 1), BackwardTiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1))),
+    256: (Tile(64, 16, 8, 1), BackwardTiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1))),
 }
 
 

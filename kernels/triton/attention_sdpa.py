@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from vbench.errors import Unsupported
-from vbench.kernels.triton.attention_autograd import _of
+from vbench.kernels.triton.attention_autograd import _of as kernel_of
 
 NAME = "vbench"
 aten: Any = torch.ops.aten
@@ -77,7 +77,7 @@ def _causal(is_causal: bool) -> str:
 def _run_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
     """out in the memory order of query, as torch's fake kernel promises to a compiler; lse float32, contiguous."""
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-    kernel = _of("attention", "", query, key, _causal(is_causal), 0, 0)
+    kernel = kernel_of("attention", "", query, key, _causal(is_causal), 0, 0)
     kernel.bind({"q": query, "k": key, "v": value}, {"out": out, "lse": lse})()
     return out, lse
 
@@ -93,7 +93,7 @@ def _run_backward(
     into: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients, written into ``into``: the memory order that torch's fake kernel promises differs by device."""
-    kernel = _of("attention_backward", "", query, key, _causal(is_causal), 0, 0)
+    kernel = kernel_of("attention_backward", "", query, key, _causal(is_causal), 0, 0)
     inputs = {"q": query, "k": key, "v": value, "out": out, "lse": logsumexp, "dout": grad_out}
     dq, dk, dv = into
     kernel.bind(inputs, {"dq": dq, "dk": dk, "dv": dv})()
