@@ -4,7 +4,7 @@ The algorithms are those of ``attention_forward.py`` and ``attention_backward_ke
 loaded through pointers: rows and keys belong to one sequence, whose first row and length come from ``cu_q`` and
 ``cu_k`` where PACKED. Scores are kept in base 2 with everything added, x = (score + bias) log2(e), since a bias cannot
 be folded into the scale. A sink is where a row's running peak and normaliser start. Kernels apart from the others, so
-that those compile to what they compiled to (docs/adr/0020).
+that those compile to what they compiled to (docs/adr/0021).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Attention with what brings inputs of its own: ALiBi slopes, sinks, an additive mask, packed sequences. No torch.
 
-Ops apart from ``attention`` (docs/adr/0020): what needs no input (windows, capped scores, layouts)
+Ops apart from ``attention`` (docs/adr/0021): what needs no input (windows, capped scores, layouts)
 is a parameter of both families.
 """
 
