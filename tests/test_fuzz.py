@@ -179,6 +179,36 @@ def test_the_command_finds_shrinks_keeps_reproduces_and_replays(
     assert body["violations"] == [] and body["passed"] >= 20
 
 
+def test_a_given_case_is_shrunk_for_one_kernel_and_nothing_is_drawn(
+    deadly: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = FP4_DEQUANTIZE.case(fmt="nvfp4", n=45, k=16)
+    options = ["--suite", "fp4", "--device", "cpu", "--out", str(deadly / "out"), "--case", case.id, "--json"]
+    assert main(["fuzz", "--backend", "deadly[errs]", *options]) == 1
+    body = json.loads(capsys.readouterr().out)
+    assert body["cases"] == 1 and {v["who"] for v in body["violations"]} == {"deadly[errs]"}
+    small = FP4_DEQUANTIZE.case(fmt="absmax7_tensor", n=13, k=2).id
+    assert {v["case"] for v in body["violations"]} == {case.id, small}
+    # A stranger's failures go into no file of ours.
+    assert body["regressions_added"] == []
+    # What there is not is named.
+    assert main(["fuzz", "--backend", "deadly[sleeps]", *options]) == 2
+    assert main(["fuzz", "--backend", "deadly", *options[:-2], "fp4_dequantize[n=1,shape=2]"]) == 2
+    assert "'sleeps'" in capsys.readouterr().err
+
+
+def test_a_limit_begins_nothing_more_and_says_so(deadly: Path) -> None:
+    info = registry.backends()["deadly"]
+    pool = Pool(info, "cpu", deadly, 1)
+    pool.until = 0.0
+    tasks = [Task(case, "errs", 0, 9.0) for case in shapes((4, 16), (5, 16))]
+    answers = pool.start(tasks)()
+    pool.close()
+    found = [Found.of(t, a) for t, a in zip(tasks, answers, strict=True)]
+    assert {(f.outcome, f.reason) for f in found} == {(Outcome.UNAVAILABLE, "time_limit")}
+    assert fuzz.round_metrics(found, 1.0)["cases"] == 0
+
+
 # -- parts -------------------------------------------------------------------------------------------------------------
 
 

@@ -85,7 +85,10 @@ class Task:
 
 
 class Pool:
-    """Workers of one backend that share tasks; a worker whose own are done takes another's."""
+    """Workers of one backend that share tasks; a worker whose own are done takes another's.
+
+    ``until``: on the monotonic clock, when no further task is begun; those left are UNAVAILABLE(``time_limit``).
+    """
 
     def __init__(self, info: BackendInfo, device: Device, folder: Path, workers: int) -> None:
         log = info.name.replace("/", "_")
@@ -96,6 +99,7 @@ class Pool:
         self._threads = ThreadPoolExecutor(max_workers=workers)
         self._lock = Lock()
         self._stop = Event()
+        self.until: float | None = None
         self._hangs: Counter[tuple[str, str]] = Counter()
         self.width = workers
 
@@ -125,13 +129,14 @@ class Pool:
         def wait() -> list[dict[str, Any] | Failure]:
             for one in serving:
                 one.result()
-            return [answers[index] for index in range(len(tasks))]
+            late = Failure(Outcome.UNAVAILABLE, "time_limit", "not begun within --limit-s")
+            return [answers.get(index, late) for index in range(len(tasks))]
 
         return wait
 
     def _take(self, queues: Sequence[deque[int]], number: int) -> int | None:
         with self._lock:
-            if self._stop.is_set():
+            if self._stop.is_set() or (self.until is not None and time.monotonic() > self.until):
                 return None
             if queues[number]:
                 return queues[number].popleft()
@@ -213,6 +218,7 @@ def distribution(ratios: Sequence[float]) -> dict[str, float]:
 
 def round_metrics(found: Sequence[Found], wall_s: float) -> dict[str, float]:
     """Counts and the distribution, of one kernel in one round. ``wall_s`` is of the round, all kernels together."""
+    found = [f for f in found if f.outcome is not Outcome.UNAVAILABLE]
     passed = [f for f in found if f.outcome is Outcome.PASSED]
     refused = sum(f.outcome is Outcome.UNSUPPORTED for f in found)
     failed = sum(f.failed for f in found)
@@ -236,6 +242,7 @@ class Fuzz:
         environment: of the machine, for records.
         shrink_s: seconds that shrinking one kind of failure may take.
         deadline_s: of a case.
+        on_round: called after each round with its number and seconds.
         stored: ids of records that the store has.
     """
 
@@ -247,6 +254,7 @@ class Fuzz:
     environment: Mapping[str, Any]
     shrink_s: float
     deadline_s: float = DEADLINE_S["check"]
+    on_round: Callable[[int, float], None] = lambda number, seconds: None
     stored: set[str] = field(default_factory=set)
     records: list[Record] = field(default_factory=list)
     shrunk: list[Record] = field(default_factory=list)
@@ -298,6 +306,7 @@ class Fuzz:
             found = [Found.of(f, a) for f, a in zip((t for _, ts in asked for t in ts), wait(), strict=True)]
             last_s = time.monotonic() - began
             self._account(f"seed={seed},round={number}", {t.op.name: (t.op, t.suite) for t in targets}, found, last_s)
+            self.on_round(number, last_s)
 
     def replay(self, target: Target, cases: Sequence[Case], what: str = "regressions") -> None:
         """Cases that nobody draws: what once failed, before all others, or what was asked for."""
@@ -358,7 +367,9 @@ class Fuzz:
             last.update({f.task.case.id: f for f in found})
             return [f.what == first.what for f in found]
 
-        small = shrink(op, first.task.case, fails, width=self.pool.width, most=SHRINK_ATTEMPTS, limit_s=self.shrink_s)
+        left_s = self.shrink_s if self.pool.until is None else self.pool.until - time.monotonic()
+        limit_s = min(self.shrink_s, max(0.0, left_s))
+        small = shrink(op, first.task.case, fails, width=self.pool.width, most=SHRINK_ATTEMPTS, limit_s=limit_s)
         end = "no step smaller fails" if small.whole else "a limit ended the search"
         f = last[small.case.id]
         note = f"shrunk from {first.task.case.id} in {small.attempts} attempts; {end}"

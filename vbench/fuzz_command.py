@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -111,6 +112,8 @@ def fuzz_command(
         machine = probe.get("environment") or environment.describe("cpu")
         fuzz = Fuzz(recipe["run"], info, where, store, pool, machine, shrink_s)
         fuzz.take_up(kept)
+        pool.until = began + limit_s if limit_s is not None else None
+        fuzz.on_round = lambda number, seconds: _say(fuzz.records, number, seconds)
         began_rounds = time.monotonic()
 
         def more(last_s: float) -> bool:
@@ -146,6 +149,13 @@ def fuzz_command(
     else:
         print("\n".join([*lines(info.name, code, body, fuzz.shrunk, found), f"records   {folder}"]))
     return code
+
+
+def _say(records: Sequence[Record], number: int, seconds: float) -> None:
+    """Progress, a line a round."""
+    done = tallies(records).values()
+    counted = ", ".join(f"{sum(t.counts.get(n, 0.0) for t in done):.0f} {n}" for n in COUNTS)
+    print(f"round {number}: {seconds:.0f} s; so far {counted}", file=sys.stderr, flush=True)
 
 
 def _only(info: BackendInfo, variant: str) -> BackendInfo:

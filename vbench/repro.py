@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vbench import spec
+from vbench import check, spec
 from vbench.backend import Device
 from vbench.errors import UsageError
 from vbench.plan import BATTERY, CONFORMANCE, DEADLINE_S, FUZZ, Job, compile_probe, run_probe
@@ -60,7 +60,7 @@ def jobs_of(records: Sequence[Record]) -> list[Job]:
             r.role,
             DEADLINE_S[r.kind],
             compiles=r.kind == "compile",
-            thorough=r.suite in (CONFORMANCE, FUZZ),
+            thorough=r.suite in (CONFORMANCE, FUZZ) or r.reason in check.BEYOND,
         )
         for r in records
     ]
