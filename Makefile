@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Documents with numbers generated from records.
-GENERATED := README.md docs/verdicts.md docs/error-rates.md docs/search.md
+GENERATED := README.md docs/verdicts.md docs/error-rates.md docs/search.md docs/accuracy.md
 
 # How much of the ahead-of-time gate: quick (a sample of every kernel) or standard (every table entry).
 GATE := quick

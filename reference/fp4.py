@@ -34,6 +34,7 @@ from torch import Tensor
 from vbench.errors import Unsupported
 from vbench.reference.ops.fp4 import FORMAT_GROUPS, decoded_as, packed_bytes
 from vbench.reference.sampling import generator, seeded, torch_dtype
+from vbench.reference.trained import trained_weight
 from vbench.spec import Case, Expected, Numerics
 
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -224,6 +225,8 @@ def _draw_weight(fmt: str, dist: str, n: int, k: int, seed: int) -> Tensor:
     elif dist == "student5":
         chi2 = torch.randn(5, n, k, generator=gen).square().sum(dim=0)
         w = 0.02 * torch.randn(n, k, generator=gen) / torch.sqrt(chi2 / 5)
+    elif dist == "trained":
+        w = trained_weight(n, k, seed)
     elif dist == "grid":
         group = FORMAT_GROUPS[fmt]
         if fmt == "nf4":

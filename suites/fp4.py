@@ -1,7 +1,7 @@
 """Suite ``fp4``: the codec and the linear layer on 4-bit weights.
 
-Check cases are small, since they also run interpreted and simulated on a CPU; those at 512 x 512 exist for the metrics
-(accuracy by distribution) that claims read.
+Check cases are small, since they also run interpreted and simulated on a CPU; those of 512 rows or columns exist for
+the metrics (accuracy by distribution and shape) that claims and docs/accuracy.md read.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from itertools import product
 from typing import Literal
 
 from vbench.reference.ops.fp4 import (
+    ENCODINGS,
     FORMAT_GROUPS,
     FORMATS,
     FP4_DEQUANTIZE,
     FP4_LINEAR,
     FP4_QUANTIZE,
     MXFP4_ENCODINGS,
+    TRAINED_SHAPES,
 )
 from vbench.reference.ops.types import DTYPES
 from vbench.spec import BenchCase, Case, Generated, Suite
@@ -27,8 +29,10 @@ Effort = Literal["quick", "standard", "full"]
 K = 128
 
 #: The accuracy claims' distributions and size: 262144 weights are 16384 nvfp4 blocks, enough for three digits.
-METRIC_DISTRIBUTIONS = ("normal", "uniform", "laplace")
+METRIC_DISTRIBUTIONS = ("normal", "uniform", "laplace", "student5")
 METRIC_SIZE = 512
+#: Columns at which the accuracy of a normal weight is looked at too: scales a row or a tensor depend on it.
+METRIC_COLUMNS = (128, 2048)
 
 
 def _quantize_checks() -> tuple[Case, ...]:
@@ -63,11 +67,13 @@ def _quantize_checks() -> tuple[Case, ...]:
         op.case(fmt="nf4", n=2, k=32),
         op.case(fmt="nvfp4", dist="nan", n=2, k=16),
         op.case(fmt="absmax7_tensor", dist="inf", n=2, k=16),
+        op.case(fmt="nvfp4", dist="trained", n=128, k=128),
         *(
             op.case(fmt=fmt, w="fp32", dist=dist, n=METRIC_SIZE, k=METRIC_SIZE)
-            for fmt, dist in product(FORMATS, METRIC_DISTRIBUTIONS)
+            for fmt, dist in product(ENCODINGS, METRIC_DISTRIBUTIONS)
         ),
-        *(op.case(fmt=fmt, w="fp32", n=METRIC_SIZE, k=METRIC_SIZE) for fmt in MXFP4_ENCODINGS),
+        *(op.case(fmt=fmt, w="fp32", n=METRIC_SIZE, k=k) for fmt, k in product(ENCODINGS, METRIC_COLUMNS)),
+        *(op.case(fmt=fmt, w="fp32", dist="trained", n=n, k=k) for fmt, (n, k) in product(ENCODINGS, TRAINED_SHAPES)),
     )
 
 

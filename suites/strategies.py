@@ -28,7 +28,8 @@ from vbench.reference.ops.tiers import TIER_STACK
 from vbench.reference.ops.types import DTYPES
 from vbench.spec import Case, Frame, Op, size_class
 
-FINITE_DISTRIBUTIONS = tuple(dist for dist in WEIGHT_DISTRIBUTIONS if dist not in ("nan", "inf"))
+#: Of any size, with an answer: trained weights come in two sizes.
+FINITE_DISTRIBUTIONS = tuple(dist for dist in WEIGHT_DISTRIBUTIONS if dist not in ("nan", "inf", "trained"))
 
 #: One case in this many is a bad one.
 BAD_ONE_IN = 12

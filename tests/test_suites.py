@@ -16,7 +16,7 @@ from hypothesis.strategies import SearchStrategy
 from vbench.reference.ops import OPS
 from vbench.reference.ops.attention import LAYOUTS
 from vbench.reference.ops.block import layers
-from vbench.reference.ops.fp4 import ENCODINGS, FORMATS, MXFP4_ENCODINGS, packed_bytes
+from vbench.reference.ops.fp4 import ENCODINGS, FORMATS, packed_bytes
 from vbench.reference.ops.types import DTYPES
 from vbench.spec import Case, Op, Suite, resolve
 from vbench.suites import attention, fp4, model, rivals, strategies, tier
@@ -152,8 +152,8 @@ def test_check_cases_are_small_but_for_the_metric_ones() -> None:
     assert len(whole) <= 40 and all(elements(case) < 200_000 for case in whole)
     small = {*blocks, *units, *whole}
     large = [case for suite in SUITES for case in suite.checks if case not in small and elements(case) > 70_000]
-    assert len(large) == len(FORMATS) * len(fp4.METRIC_DISTRIBUTIONS) + len(MXFP4_ENCODINGS) + 2 + 4 + 2
-    metric_sizes = ("n=512,k=512", "sq=256,sk=256", "item_bytes=4096")
+    assert len(large) == len(ENCODINGS) * (len(fp4.METRIC_DISTRIBUTIONS) + 1) + 2 + 4 + 2
+    metric_sizes = ("n=512,k=512", "n=512,k=2048", "sq=256,sk=256", "item_bytes=4096")
     assert all(any(size in case.id for size in metric_sizes) for case in large)
 
 

@@ -31,8 +31,8 @@ AMPERE_SPILL_SHARE = {"nf4": 0.07}
 AMPERE_SPILL_SHARE_OTHERS = 0.03
 AMPERE_SPILL_BYTES = 320
 AMPERE_SPILL_REASON = (
-    "a tile tuned on sm_90; on sm_80 both operands are in registers and ptxas spills in its loop too, held to 7 % of its "
-    "instructions for nf4 and 3 % for others (docs/tuning/fp4.md, What the compiler makes of it)"
+    "a tile tuned on sm_90; on sm_80 both operands are in registers and ptxas spills in its loop too, held to 7 % of "
+    "the loop for nf4 and 3 % for others (docs/tuning/fp4.md, What the compiler makes of it)"
 )
 #: Loops that fill the registers on purpose: tokens or sums stay in them while the next weights arrive.
 LOOP_SPILL_SHARE = 0.02

@@ -18,7 +18,11 @@ ENCODINGS = (*FORMATS, *MXFP4_ENCODINGS)
 #: bytes of one scale, where it is no float32
 SCALE_BYTES = {"nvfp4": 1, "mxfp4": 1}
 #: distributions of generated values; ``nan`` and ``inf`` plant one such value and must be refused
-WEIGHT_DISTRIBUTIONS = ("normal", "uniform", "laplace", "student5", "grid", "zeros", "outlier", "nan", "inf")
+WEIGHT_DISTRIBUTIONS = (
+    "normal", "uniform", "laplace", "student5", "grid", "zeros", "outlier", "nan", "inf", "trained",
+)  # fmt: skip
+#: (n, k) of the weights of a trained model that ``trained`` names: see reference/trained.py
+TRAINED_SHAPES = ((512, 128), (128, 512))
 
 
 def decoded_as(encoding: str) -> str:
@@ -44,6 +48,8 @@ def reject_weight(case: Case) -> tuple[str, str] | None:
     group = FORMAT_GROUPS[decoded_as(fmt)]
     if group > 0 and k % group:
         return "k_not_multiple_of_block", f"k={k} is no multiple of {fmt}'s block of {group}; pad the weight"
+    if case.text("dist") == "trained" and (n, k) not in TRAINED_SHAPES:
+        return "no_such_trained_weight", f"n={n}, k={k}: the trained weights are {TRAINED_SHAPES}"
     if case.text("dist") in ("nan", "inf"):
         return "nonfinite_weight", f"the weight holds {case.text('dist')}: FP4 has no code for it; clean the weight"
     return None
