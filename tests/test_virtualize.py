@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -192,6 +193,32 @@ def test_a_state_dict_loaded_meanwhile_is_encoded_and_stays_after_undo() -> None
         with pytest.raises(RuntimeError, match=r"size mismatch for head\.weight"):
             model.load_state_dict(broken)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_threads_and_copies_decode_their_own_weights() -> None:
+    """Layers of one shape share a place to decode to, a thread each; a copy of the model has codes of its own."""
+    model = make(LLAMA)
+    expected = [decoded(model)(ids(i)).detach() for i in range(4)]
+    wrong: list[int] = []
+
+    def run(i: int) -> None:
+        with torch.no_grad():
+            wrong.extend(i for _ in range(20) if not torch.equal(model(ids(i)), expected[i]))
+
+    with virtualize(model, ALL):
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+        twin = copy.deepcopy(model)
+        other = make(LLAMA)
+        with torch.no_grad():
+            for p in other.parameters():
+                p.mul_(1.5)
+        model.load_state_dict(other.state_dict())
+        assert torch.equal(twin(ids()), expected[0]) and torch.equal(model(ids()), decoded(other)(ids()))
 
 
 def test_gpt2_xl_has_193_linear_layers_on_the_meta_device() -> None:

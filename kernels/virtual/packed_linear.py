@@ -1,13 +1,15 @@
 """A linear layer whose weight lies on the device as nvfp4 codes, in the place of one of a model's own.
 
-It multiplies with decode(encode(w)): the codes are decoded into a fresh tensor for each use (4 bits at rest, the whole
-weight of one layer at a time) and ``F.linear`` does the rest, so that a result is bit for bit that of the same layer
-with the decoded weight. Gradients reach its input and its bias, not its weight.
+It multiplies with decode(encode(w)): for each use the codes are decoded into a place that all layers of its shape share
+(4 bits at rest, one whole weight a shape) and ``F.linear`` does the rest, so that a result is bit for bit that of the
+same layer with the decoded weight. Gradients reach its input and its bias, not its weight.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +20,17 @@ from vbench.errors import Unsupported
 from vbench.kernels.tiers.codec import DTYPES, GROUP, WeightDecoder, encode, packed_views
 from vbench.kernels.tiers.units import Packing
 from vbench.kernels.virtual.linears import LinearSite
+
+
+@cache
+def _place(n: int, k: int, dtype: torch.dtype, device: torch.device, stream: int, thread: int) -> Tensor:
+    """Where layers of one shape are decoded to by one stream or thread, whose work is in order."""
+    return torch.empty(n, k, dtype=dtype, device=device)
+
+
+def release_places() -> None:
+    """Let go of the memory that decoded weights took; it comes again with the next use."""
+    _place.cache_clear()
 
 
 class PackedLinear(nn.Module):
@@ -54,6 +67,7 @@ class PackedLinear(nn.Module):
         self._decoder = decoder
         self._site = (site,)  # in a tuple, so that the module it holds is none of this one's parts
         self._packing = Packing(n, k)
+        self._launches: dict[tuple[int, int], tuple[Tensor, Callable[[], object]]] = {}
         codes = torch.empty(self._packing.size_bytes, dtype=torch.uint8, device=device)
         self.register_buffer("codes", codes, persistent=False)
         self.bias = site.bias
@@ -65,10 +79,21 @@ class PackedLinear(nn.Module):
         encode(site.weight_nk(site.weight.detach()), packed_views(self._packing, self.codes), self.codes.device)
 
     def decoded(self) -> Tensor:
-        """The weight it multiplies with, [out, in], in the dtype of the layer it stands for."""
-        weight = torch.empty(self.out_features, self.in_features, dtype=self._dtype, device=self.codes.device)
-        self._decoder.bind(packed_views(self._packing, self.codes), weight)()
-        return weight
+        """The weight it multiplies with, [out, in], in the dtype of the layer it stands for; until the next decode."""
+        device = self.codes.device
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        place = _place(self.out_features, self.in_features, self._dtype, device, stream, threading.get_ident())
+        # Binding looks at the scales, and would wait for the device each time. What a launch was bound to it keeps
+        # alive, so that no other tensor has these addresses.
+        key = (self.codes.data_ptr(), place.data_ptr())
+        if key not in self._launches:
+            self._launches[key] = (place, self._decoder.bind(packed_views(self._packing, self.codes), place))
+        self._launches[key][1]()
+        return place
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has codes of its own, and launches bound to these would decode the wrong ones.
+        return {**self.__dict__, "_launches": {}}
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in], in the layer's dtype or under autocast -> [..., out]."""

@@ -23,7 +23,7 @@ from vbench.kernels.tiers.codec import WeightDecoder, default_decoder
 from vbench.kernels.tiers.tiered import Tiered, tier, tiered_modules
 from vbench.kernels.virtual.attentions import Choice, replace_attention
 from vbench.kernels.virtual.linears import LinearSite, find_linears, owners
-from vbench.kernels.virtual.packed_linear import PackedLinear
+from vbench.kernels.virtual.packed_linear import PackedLinear, release_places
 
 Kind = Literal["fp4", "tied", "tiered", "kept"]
 
@@ -125,6 +125,8 @@ class Virtualized:
                 parent._modules[attribute] = swap.site.module
         for weight, home in self._homes:
             weight.data = weight.data.to(home)
+        if self._swaps:
+            release_places()
         self._swaps.clear()
         self._homes.clear()
         if self._undo_attention is not None:
