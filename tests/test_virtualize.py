@@ -291,3 +291,40 @@ def test_dropout_is_refused_by_the_replaced_attention() -> None:
     with virtualize(model, Plan(fp4="none", attention="triton")), pytest.raises(Unsupported) as refused:
         model(ids())
     assert refused.value.rule == "dropout"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("budgeted", [False, True])
+def test_on_a_gpu_codes_and_streams_change_no_bit(budgeted: bool) -> None:
+    """Triton decodes there; what is no linear layer is streamed; undo brings every weight back to where it was."""
+    shape = replace(LLAMA, width=256, heads=4, kv_heads=4, head_dim=64, inner=512, layers=4, vocabulary=512, context=64)
+    model = make(shape, torch.bfloat16)
+    twin = decoded(model).to("cuda")
+    model.to("cuda")
+    before = [(name, id(p), p.device.type, p.detach().cpu()) for name, p in model.named_parameters()]
+    budget = Budget(gpu=1 << 23, pinned=1 << 24, activations=1 << 20) if budgeted else None
+    x = ids(vocabulary=512).to("cuda")
+    with virtualize(model, Plan(fp4="all", budget=budget)), torch.no_grad():
+        for _ in range(5):
+            assert torch.equal(model(x), twin(x))
+    after = [(name, id(p), p.device.type, p.detach().cpu()) for name, p in model.named_parameters()]
+    for old, new in zip(before, after, strict=True):
+        assert old[:2] == new[:2] and torch.equal(old[3], new[3])
+        assert budgeted or old[2] == new[2]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("choice", ["triton", "gluon"])
+def test_on_a_gpu_attention_is_ours(choice: Any) -> None:
+    shape = replace(GPT, width=256, heads=4, kv_heads=4, head_dim=64, inner=512, vocabulary=512, context=256)
+    if choice == "gluon" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the Gluon kernels are for Hopper")
+    model = make(shape, torch.bfloat16).to("cuda")
+    x = torch.randint(0, 512, (2, 256), device="cuda")
+    with torch.no_grad():
+        without = model(x)
+        with virtualize(model, Plan(fp4="none", attention=choice)):
+            out = model(x)
+    assert not torch.equal(out, without)
+    # bf16 keeps 8 bits; the two differ by roundings of the attention's output, carried through two blocks.
+    assert (out - without).float().norm() / without.float().norm() < 2.0**-5

@@ -31,9 +31,9 @@ def commands(out: Path) -> dict[str, tuple[list[str], float]]:
     """Part -> its command and the seconds it may take."""
     here, vbench = Path(__file__).parent, ["-m", "vbench"]
     resident = f"offload_pass[mode=forward,layers=12,width=8192,tokens=1024,gpu_bytes={4 * GIB}]"
-    tests = [f"tests/{name}.py" for name in ("test_tiers", "test_tiered_codec", "test_tiered_module")]
+    tests = [f"tests/{name}.py" for name in ("test_tiers", "test_tiered_codec", "test_virtualize", "test_model_steps")]
     return {
-        "tests": (["-m", "pytest", "-q", "-rs", *tests, "-k", "gpu or device or cuda"], 90),
+        "tests": (["-m", "pytest", "-q", "-rs", *tests, "-k", "on_a_gpu or on_a_device"], 90),
         "codec": ([str(here / "tier_codec.py"), "--out", str(out)], 90),
         "estimator": ([str(here / "estimator.py"), "--out", str(out), "--limit-s", "60"], 100),
         "scenarios": ([str(here / "scenarios.py"), "--out", str(out), "--limit-s", "80"], 120),
