@@ -71,10 +71,7 @@ def _quantize_checks() -> tuple[Case, ...]:
             for fmt, dist in product(ENCODINGS, METRIC_DISTRIBUTIONS)
         ),
         *(op.case(fmt=fmt, w="fp32", n=METRIC_SIZE, k=k) for fmt, k in product(ENCODINGS, METRIC_COLUMNS)),
-        *(
-            op.case(fmt=fmt, w="fp32", dist="trained", n=n, k=k)
-            for fmt, (n, k) in product(ENCODINGS, TRAINED_SHAPES)
-        ),
+        *(op.case(fmt=fmt, w="fp32", dist="trained", n=n, k=k) for fmt, (n, k) in product(ENCODINGS, TRAINED_SHAPES)),
     )
 
 
