@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Documents with numbers generated from records.
-GENERATED := README.md docs/verdicts.md docs/error-rates.md docs/accuracy.md
+GENERATED := README.md docs/verdicts.md docs/error-rates.md docs/search.md docs/accuracy.md
 
 # How much of the ahead-of-time gate: quick (a sample of every kernel) or standard (every table entry).
 GATE := quick
@@ -65,6 +65,8 @@ claims: setup
 matrix: setup
 	sed -i '/^## /,$$d' docs/matrix.md
 	$(BIN)/vbench list --matrix --device cpu >> docs/matrix.md
+	sed -i '/^## /,$$d' docs/conformance.md
+	$(BIN)/vbench list --matrix --kept results/conformance/h200.jsonl >> docs/conformance.md
 
 # Controls over K and the list of them; a test holds the document to the corpus.
 controls: setup

@@ -47,12 +47,41 @@ def _doubled(name: str) -> Callable[[Outputs, Outputs], str]:
     return broken
 
 
+def _unchanged(kept: Callable[[Tensor], Tensor]) -> Callable[[Outputs, Outputs], str]:
+    """What ``kept`` takes of each output is bitwise the same in both runs."""
+
+    def broken(first: Outputs, second: Outputs) -> str:
+        found = (_differ(kept(second[n]), kept(first[n]), n) for n in first)
+        return next((f for f in found if f), "")
+
+    return broken
+
+
+def _other_tokens(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:
+    """other_tokens: another last token, of the same magnitudes, changes no bit of the other tokens' results."""
+    x = inputs["x"]
+    if len(x) > 1:
+        other = torch.cat((x[:-1], -x[-1:].flip(1)))
+        yield Law("other_tokens", case, {**inputs, "x": other}, _unchanged(lambda y: y[:-1]), "deterministic")
+
+
+def int8_laws(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:
+    """Of ``int8_linear``. doubled_x, without bias: y(2 x) = 2 y(x), scales made in the launch doubling too.
+
+    other_tokens: see there; x is rounded token by token.
+    """
+    if not case.axis("bias"):
+        yield Law("doubled_x", case, {**inputs, "x": 2 * inputs["x"]}, _doubled("y"))
+    yield from _other_tokens(case, inputs)
+
+
 def linear_laws(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:
     """Of ``fp4_linear``.
 
     doubled_x: y(2 x) = 2 y(x), without bias, gelu and silu. one_hot: x that picks one column a row gives decoded
-    columns (without bias and activation; not in fp32, for which a kernel may round weights as operands). first_tokens:
-    the first half of the tokens alone give the same bits, of kernels that declare ``batch_invariant``.
+    columns (without bias and activation; not in fp32, for which a kernel may round weights as operands).
+    other_tokens: see there. first_tokens: the first half of the tokens alone give the same bits, of kernels that
+    declare ``batch_invariant``.
     """
     x, act, m, k = inputs["x"], case.text("act"), case.axis("m"), case.axis("k")
     if act in ("none", "relu") and not case.axis("bias"):
@@ -67,6 +96,7 @@ def linear_laws(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:
                 return _differ(second["y"], want, "y is not the decoded column")
 
             yield Law("one_hot", case, {**inputs, "x": one_hot}, broken)
+    yield from _other_tokens(case, inputs)
     half = m // 2
     if half:
 
@@ -80,7 +110,8 @@ def attention_laws(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:
     """Of ``attention``.
 
     doubled_v: out(2 v) = 2 out(v). causal_prefix: keys and values that the first half of the queries may not see change
-    no bit of it. other_heads: another k and v for the last key head change no bit of the others.
+    no bit of it. other_heads: another k and v for the last key head change no bit of the others. other_batches: nor do
+    those of the last batch element.
     """
     layout, rule = case.text("layout"), ScoreRule.of(case)
     k, v = inputs["k"], inputs["v"]
@@ -111,6 +142,47 @@ def attention_laws(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:
             return next((f for f in found if f), "")
 
         yield Law("other_heads", case, changed(last[None, :, None, None]), mixes)
+    if k.shape[0] > 1:
+        last = torch.arange(len(k), device=k.device) == len(k) - 1
+        yield Law("other_batches", case, changed(last[:, None, None, None]), _unchanged(lambda t: t[:-1]))
+
+
+def backward_laws(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:
+    """Of ``attention_backward``, for kernels that declare themselves deterministic (sums in any order differ anyway).
+
+    doubled_dout: twice dout and dlse give twice each gradient; not where score gradients may be subnormal, in fp16 and
+    with large logits. other_heads, other_batches: another dout for the last
+    key head's query heads, or the last batch element, changes no bit of the others' gradients.
+    """
+    dout, layout = inputs["dout"], case.text("layout")
+    hq, hk = case.axis("hq"), case.axis("hk")
+    twice = {**inputs, "dout": lay_out(2 * dout, layout)}
+    if "dlse" in inputs:
+        twice["dlse"] = 2 * inputs["dlse"]
+
+    def not_doubled(first: Outputs, second: Outputs) -> str:
+        return next((f for f in (_doubled(n)(first, second) for n in first) if f), "")
+
+    if case.text("dtype") != "fp16" and case.text("dist") != "large_logits":
+        yield Law("doubled_dout", case, twice, not_doubled, "deterministic")
+
+    def changed(picked: Tensor) -> dict[str, Any]:
+        """dout turned and halved where ``picked`` (bool, broadcast over [b, hq, sq, d])."""
+        return {**inputs, "dout": lay_out(torch.where(picked, -0.5 * dout, dout), layout)}
+
+    if hk > 1:
+        last = torch.arange(hq, device=dout.device) >= hq - hq // hk
+
+        def mixes(first: Outputs, second: Outputs) -> str:
+            kept = {"dq": hq - hq // hk, "dk": hk - 1, "dv": hk - 1}
+            found = (_differ(second[n][:, : kept[n]], first[n][:, : kept[n]], n) for n in first)
+            return next((f for f in found if f), "")
+
+        yield Law("other_heads", case, changed(last[None, :, None, None]), mixes, "deterministic")
+    if len(dout) > 1:
+        last = torch.arange(len(dout), device=dout.device) == len(dout) - 1
+        others = changed(last[:, None, None, None])
+        yield Law("other_batches", case, others, _unchanged(lambda t: t[:-1]), "deterministic")
 
 
 def quantize_laws(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:

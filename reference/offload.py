@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vbench.reference.ops.offload import weight_bytes
+from vbench.reference.fp4 import dequantize, quantize
+from vbench.reference.ops.offload import RAW, weight_bytes
 from vbench.reference.sampling import seeded
 from vbench.spec import Case, Expected, Numerics
 
@@ -32,15 +33,16 @@ TRAFFIC = ("held_bytes", "peak_bytes", "to_device_bytes", "to_host_bytes", "resi
 class Weights:
     """The layers' weights by seed, not a container of them: several GB are made where and when a kernel wants them.
 
-    They depend on layers, width and seed alone, so that cases of one stack and different tokens share them. Kernels
-    call ``make`` in ``bind`` only. The oracle never reads what a kernel keeps, so a kernel that spoils its copies is
-    caught by its second launch.
+    They depend on layers, width and seed alone, not on the codec, so that cases of one stack and different tokens share
+    them. Kernels call ``make`` in ``bind`` only. The oracle never reads what a kernel keeps, so a kernel that spoils
+    its copies is caught by its second launch.
     """
 
     layers: int
     width: int
     seed: int
     device: str
+    codec: str = RAW
 
     def make(self, layer: int) -> Tensor:
         """[width, width] bf16 on ``device``, normal with variance 2 / width: relu keeps the scale of its input."""
@@ -49,6 +51,11 @@ class Weights:
         )
         weight = torch.randn(self.width, self.width, generator=gen, device=self.device, dtype=torch.bfloat16)
         return weight.mul_((2 / self.width) ** 0.5)
+
+    def decoded(self, layer: int) -> Tensor:
+        """The weight the layer multiplies with: ``make``'s, or what is left of it after the codec."""
+        weight = self.make(layer)
+        return weight if self.codec == RAW else dequantize(self.codec, quantize(self.codec, weight), weight.dtype)
 
 
 def offload_inputs(case: Case, device: str) -> dict[str, Any]:
@@ -61,7 +68,7 @@ def offload_inputs(case: Case, device: str) -> dict[str, Any]:
 
     inputs: dict[str, Any] = {
         "x": normal("x"),
-        "weights": Weights(case.axis("layers"), case.axis("width"), case.seed, device),
+        "weights": Weights(case.axis("layers"), case.axis("width"), case.seed, device, case.text("codec")),
     }
     if case.text("mode") == "train":
         inputs["dy"] = normal("dy")
@@ -81,7 +88,7 @@ def offload_pass(case: Case, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     last = weights.layers - 1
     at: list[Tensor] = [inputs["x"]]
     for i in range(weights.layers):
-        out = layer(at[-1], weights.make(i), last=i == last)
+        out = layer(at[-1], weights.decoded(i), last=i == last)
         if not train:
             at.clear()
         at.append(out)
@@ -93,7 +100,7 @@ def offload_pass(case: Case, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     gradient = inputs["dy"]
     for i in reversed(range(weights.layers)):
         with torch.enable_grad():
-            x, weight = at[i].detach().requires_grad_(), weights.make(i).requires_grad_()
+            x, weight = at[i].detach().requires_grad_(), weights.decoded(i).requires_grad_()
             y = layer(x, weight, last=i == last)
         gradient, weight_gradient = torch.autograd.grad(y, (x, weight), gradient)
         outputs |= {name: weight_gradient for name, index in sampled.items() if index == i}

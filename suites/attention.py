@@ -8,6 +8,7 @@ from typing import Literal
 from vbench.reference.ops.attention import ATTENTION, ATTENTION_BACKWARD, ATTENTION_DISTRIBUTIONS
 from vbench.reference.ops.types import DTYPES
 from vbench.spec import BenchCase, Case, Generated, Suite
+from vbench.suites.data import REGRESSIONS, WAIVERS
 
 Effort = Literal["quick", "standard", "full"]
 
@@ -168,6 +169,9 @@ def _benches() -> tuple[BenchCase, ...]:
     return tuple(out)
 
 
+#: What a kernel is compiled for; strides are multiples of head counts.
+COMPILED_FOR = ("dtype", "causal", "layout", "hq", "hk", "d")
+
 SUITE = Suite(
     name="attention",
     summary=(
@@ -176,8 +180,16 @@ SUITE = Suite(
     ),
     checks=_checks() + _backward_checks(),
     generated=(
-        Generated("vbench.suites.strategies:attention_cases", (15, 100, 1000)),
-        Generated("vbench.suites.strategies:attention_backward_cases", (12, 100, 1000)),
+        Generated("vbench.suites.strategies:attention_cases", (15, 100, 1000), COMPILED_FOR),
+        Generated("vbench.suites.strategies:attention_backward_cases", (12, 100, 1000), (*COMPILED_FOR, "dlse")),
+    ),
+    searched=(
+        Generated("vbench.suites.strategies:large_attention_cases", (0, 0, 0), COMPILED_FOR, "cuda"),
+        Generated(
+            "vbench.suites.strategies:large_attention_backward_cases", (0, 0, 0), (*COMPILED_FOR, "dlse"), "cuda"
+        ),
     ),
     benches=_benches(),
+    regressions=REGRESSIONS,
+    waivers=WAIVERS,
 )

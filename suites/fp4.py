@@ -21,6 +21,7 @@ from vbench.reference.ops.fp4 import (
 )
 from vbench.reference.ops.types import DTYPES
 from vbench.spec import BenchCase, Case, Generated, Suite
+from vbench.suites.data import REGRESSIONS, WAIVERS
 
 Effort = Literal["quick", "standard", "full"]
 
@@ -48,6 +49,7 @@ def _quantize_checks() -> tuple[Case, ...]:
             op.case(fmt=fmt, w="fp32", dist=dist, n=5, k=K)
             for fmt, dist in product(MXFP4_ENCODINGS, ("normal", "grid"))
         ),
+        *(op.case(fmt=fmt, w=w, n=3, k=K) for fmt, w in product(MXFP4_ENCODINGS, ("bf16", "fp16"))),
         # Tails: one row, one pair, one block, a prime number of rows, k no power of two.
         op.case(fmt="absmax7_tensor", w="fp32", n=1, k=2),
         op.case(fmt="absmax7_row", w="bf16", n=7, k=2),
@@ -168,14 +170,20 @@ def _benches() -> tuple[BenchCase, ...]:
     return (*linear, *wider, *codec)
 
 
+#: What a fused kernel is compiled for, besides its tile.
+COMPILED_FOR = ("fmt", "x", "act", "bias")
+
 SUITE = Suite(
     name="fp4",
     summary="4-bit codec and linear layer: exact encoders, fused decode and multiply, speed at Llama-3-8B shapes",
     checks=(*_quantize_checks(), *_dequantize_checks(), *_linear_checks()),
     generated=(
-        Generated("vbench.suites.strategies:fp4_quantize_cases", (15, 100, 1000)),
-        Generated("vbench.suites.strategies:fp4_dequantize_cases", (15, 100, 1000)),
-        Generated("vbench.suites.strategies:fp4_linear_cases", (15, 100, 1000)),
+        Generated("vbench.suites.strategies:fp4_quantize_cases", (15, 100, 1000), ("fmt", "w")),
+        Generated("vbench.suites.strategies:fp4_dequantize_cases", (15, 100, 1000), ("fmt", "y")),
+        Generated("vbench.suites.strategies:fp4_linear_cases", (15, 100, 1000), COMPILED_FOR),
     ),
+    searched=(Generated("vbench.suites.strategies:large_fp4_linear_cases", (0, 0, 0), COMPILED_FOR, "cuda"),),
     benches=_benches(),
+    regressions=REGRESSIONS,
+    waivers=WAIVERS,
 )

@@ -6,6 +6,7 @@ from vbench.reference.ops.insight import CHAIN, SVD
 from vbench.reference.ops.int8 import ACT_QUANTS, INT8_LINEAR
 from vbench.reference.ops.types import DTYPES
 from vbench.spec import BenchCase, Case, Generated, Suite
+from vbench.suites.data import REGRESSIONS, WAIVERS
 
 LLAMA3 = "gate_proj, up_proj of Llama-3-8B (config.json: hidden_size=4096, intermediate_size=14336)"
 #: The size of the accuracy cases of suite fp4, so that claims can set one against the other.
@@ -63,4 +64,6 @@ SUITE = Suite(
     checks=(*_int8_checks(), *_insight_checks()),
     generated=(Generated("vbench.suites.strategies:int8_linear_cases", (8, 50, 500)),),
     benches=_benches(),
+    regressions=REGRESSIONS,
+    waivers=WAIVERS,
 )

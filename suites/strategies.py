@@ -26,7 +26,7 @@ from vbench.reference.ops.fp4 import (
 from vbench.reference.ops.int8 import ACT_QUANTS, INT8_DISTRIBUTIONS, INT8_LINEAR
 from vbench.reference.ops.tiers import TIER_STACK
 from vbench.reference.ops.types import DTYPES
-from vbench.spec import Case, Op
+from vbench.spec import Case, Frame, Op, size_class
 
 #: Of any size, with an answer: trained weights come in two sizes.
 FINITE_DISTRIBUTIONS = tuple(dist for dist in WEIGHT_DISTRIBUTIONS if dist not in ("nan", "inf", "trained"))
@@ -38,6 +38,25 @@ BAD_ONE_IN = 12
 MANY = 6
 
 _seeds = st.integers(0, 7)
+
+
+def _size(draw: st.DrawFn, frame: Frame | None, name: str, options: range | tuple[int, ...], block: int = 1) -> int:
+    """``block`` times one of ``options``; in a frame, the fixed value or one of the fixed class (any, if none is)."""
+    if frame is not None:
+        fixed = dict(frame.fixed).get(name)
+        if isinstance(fixed, int):
+            return fixed
+        wanted = dict(frame.sizes).get(name)
+        options = tuple(v for v in options if size_class(v * block) == wanted) or options
+    if isinstance(options, range):
+        return block * draw(st.integers(options[0], options[-1]))
+    return block * draw(st.sampled_from(options))
+
+
+def _choice(draw: st.DrawFn, frame: Frame | None, name: str, options: tuple[str, ...]) -> str:
+    """One of ``options``; in a frame that fixes it, the fixed value."""
+    fixed = dict(frame.fixed).get(name) if frame is not None else None
+    return fixed if isinstance(fixed, str) else draw(st.sampled_from(options))
 
 
 def _keep_answerable(values: dict[str, Any], dtype_parameter: str) -> None:
@@ -67,19 +86,35 @@ def _keep_answerable(values: dict[str, Any], dtype_parameter: str) -> None:
 
 
 @st.composite
-def _weights(draw: st.DrawFn, op: Op, dtype_parameter: str, extra: dict[str, SearchStrategy[Any]]) -> Case:
-    """A case of an op on a weight [n, k]: format and k that fit each other, unless the case is a bad one."""
-    fmt = draw(st.sampled_from(ENCODINGS if op is FP4_QUANTIZE else FORMATS))
+def _weights(
+    draw: st.DrawFn,
+    op: Op,
+    dtype_parameter: str,
+    frame: Frame | None,
+    most: tuple[int, int, int] = (8, 64, 64),
+    linear: bool = False,
+) -> Case:
+    """A case of an op on a weight [n, k]: format and k that fit each other, unless the case is a bad one.
+
+    Args:
+        most: largest m, n and k (in g128, k may be one block whatever it says, and n is a quarter).
+        linear: with the parameters of the linear layer.
+    """
+    most_m, most_n, most_k = most
+    fmt = _choice(draw, frame, "fmt", ENCODINGS if op is FP4_QUANTIZE else FORMATS)
     group = FORMAT_GROUPS[decoded_as(fmt)]
     block = group if group > 0 else 2
     values: dict[str, Any] = {
         "fmt": fmt,
-        dtype_parameter: draw(st.sampled_from(DTYPES)),
+        dtype_parameter: _choice(draw, frame, dtype_parameter, DTYPES),
         "dist": draw(st.sampled_from(FINITE_DISTRIBUTIONS)),
-        "n": draw(st.integers(1, 64 if group != 128 else 16)),
-        "k": block * draw(st.integers(1, max(1, 64 // block))),
-        **{name: draw(strategy) for name, strategy in extra.items()},
+        "n": _size(draw, frame, "n", range(1, (most_n if group != 128 else most_n // 4) + 1)),
+        "k": _size(draw, frame, "k", range(1, max(1, most_k // block) + 1), block),
     }
+    if linear:
+        values["act"] = _choice(draw, frame, "act", ("none", "relu", "gelu", "silu"))
+        values["bias"] = _size(draw, frame, "bias", range(2))
+        values["m"] = _size(draw, frame, "m", range(1, most_m + 1))
     _keep_answerable(values, dtype_parameter)
     if draw(st.integers(1, BAD_ONE_IN)) == BAD_ONE_IN:
         values |= draw(
@@ -98,47 +133,52 @@ def _weights(draw: st.DrawFn, op: Op, dtype_parameter: str, extra: dict[str, Sea
     return op.case(seed=draw(_seeds), **values)
 
 
-def fp4_quantize_cases() -> SearchStrategy[Case]:
+def fp4_quantize_cases(frame: Frame | None = None) -> SearchStrategy[Case]:
     """fp4_quantize: n <= 64, k <= 64 (128 for g128)."""
-    return _weights(FP4_QUANTIZE, "w", {})
+    return _weights(FP4_QUANTIZE, "w", frame)
 
 
-def fp4_dequantize_cases() -> SearchStrategy[Case]:
+def fp4_dequantize_cases(frame: Frame | None = None) -> SearchStrategy[Case]:
     """fp4_dequantize: n <= 64, k <= 64 (128 for g128)."""
-    return _weights(FP4_DEQUANTIZE, "y", {})
+    return _weights(FP4_DEQUANTIZE, "y", frame)
 
 
-def fp4_linear_cases() -> SearchStrategy[Case]:
+def fp4_linear_cases(frame: Frame | None = None) -> SearchStrategy[Case]:
     """fp4_linear: as the codec, m <= 8, with every activation and bias; m = 0 is one of the bad ones."""
-    return _weights(
-        FP4_LINEAR,
-        "x",
-        {
-            "act": st.sampled_from(("none", "relu", "gelu", "silu")),
-            "bias": st.integers(0, 1),
-            "m": st.integers(1, 8),
-        },
-    )
+    return _weights(FP4_LINEAR, "x", frame, linear=True)
+
+
+def large_fp4_linear_cases(frame: Frame | None = None) -> SearchStrategy[Case]:
+    """fp4_linear for a GPU: m <= 160, n <= 320, k <= 1024, so that every kind of tile, split and tail is met."""
+    return _weights(FP4_LINEAR, "x", frame, (160, 320, 1024), linear=True)
+
+
+#: Head dims of small cases: the usual ones, and any.
+_SMALL_HEADS = (8, 16, 32, 40, *range(1, 41))
+#: Head dims from 16 to 256 in steps of 8, the two of most models oftener.
+_LARGE_HEADS = (*(64, 128) * 8, *range(16, 257, 8))
 
 
 @st.composite
-def _attention(draw: st.DrawFn, op: Op, extra: dict[str, SearchStrategy[Any]]) -> Case:
-    hk = draw(st.integers(1, 2))
+def _attention(draw: st.DrawFn, op: Op, frame: Frame | None, most: int, head_dims: tuple[int, ...]) -> Case:
+    """``most``: largest sq and sk."""
+    hk = _size(draw, frame, "hk", range(1, 3))
     values: dict[str, Any] = {
-        "dtype": draw(st.sampled_from(DTYPES)),
-        "causal": draw(st.sampled_from(("none", "top_left", "bottom_right"))),
+        "dtype": _choice(draw, frame, "dtype", DTYPES),
+        "causal": _choice(draw, frame, "causal", ("none", "top_left", "bottom_right")),
         "dist": draw(st.sampled_from(ATTENTION_DISTRIBUTIONS)),
-        "layout": draw(st.sampled_from(LAYOUTS)),
-        "window": draw(st.sampled_from((0, 0, 0, 1, 7, 20))),
-        "softcap": draw(st.sampled_from((0, 0, 0, 2, 30))),
-        "b": draw(st.integers(1, 2)),
-        "hq": hk * draw(st.integers(1, 3)),
+        "layout": _choice(draw, frame, "layout", LAYOUTS),
+        "window": _size(draw, frame, "window", (0, 0, 0, 1, 7, 20)),
+        "softcap": _size(draw, frame, "softcap", (0, 0, 0, 2, 30)),
+        "b": _size(draw, frame, "b", range(1, 3)),
+        "hq": _size(draw, frame, "hq", range(1, 4), hk),
         "hk": hk,
-        "sq": draw(st.integers(1, 40)),
-        "sk": draw(st.integers(1, 40)),
-        "d": draw(st.one_of(st.sampled_from((8, 16, 32, 40)), st.integers(1, 40))),
-        **{name: draw(strategy) for name, strategy in extra.items()},
+        "sq": _size(draw, frame, "sq", range(1, most + 1)),
+        "sk": _size(draw, frame, "sk", range(1, most + 1)),
+        "d": _size(draw, frame, "d", head_dims),
     }
+    if op is ATTENTION_BACKWARD:
+        values["dlse"] = _size(draw, frame, "dlse", range(2))
     if values["b"] * min(values["hq"] * values["sq"], hk * values["sk"]) == 1:
         # A few outputs may all lie near their mean, which a kernel returning the mean would then have right.
         values["d"] = max(values["d"], MANY)
@@ -150,14 +190,24 @@ def _attention(draw: st.DrawFn, op: Op, extra: dict[str, SearchStrategy[Any]]) -
     return op.case(seed=draw(_seeds), **values)
 
 
-def attention_cases() -> SearchStrategy[Case]:
+def attention_cases(frame: Frame | None = None) -> SearchStrategy[Case]:
     """attention: sq, sk, d <= 40, up to 6 query heads, every layout, both alignments; some draws mask whole rows."""
-    return _attention(ATTENTION, {})
+    return _attention(ATTENTION, frame, 40, _SMALL_HEADS)
 
 
-def attention_backward_cases() -> SearchStrategy[Case]:
+def attention_backward_cases(frame: Frame | None = None) -> SearchStrategy[Case]:
     """attention_backward: as the forward, with and without a gradient of lse."""
-    return _attention(ATTENTION_BACKWARD, {"dlse": st.integers(0, 1)})
+    return _attention(ATTENTION_BACKWARD, frame, 40, _SMALL_HEADS)
+
+
+def large_attention_cases(frame: Frame | None = None) -> SearchStrategy[Case]:
+    """attention for a GPU: sq, sk <= 400, which holds several tiles of every kernel and tails; d from 16 to 256."""
+    return _attention(ATTENTION, frame, 400, _LARGE_HEADS)
+
+
+def large_attention_backward_cases(frame: Frame | None = None) -> SearchStrategy[Case]:
+    """attention_backward for a GPU, as the forward."""
+    return _attention(ATTENTION_BACKWARD, frame, 400, _LARGE_HEADS)
 
 
 @st.composite

@@ -15,6 +15,7 @@ from vbench.reference.ops.offload import OFFLOAD_PASS
 from vbench.reference.ops.tiers import TIER_STACK
 from vbench.reference.ops.types import DTYPES
 from vbench.spec import BenchCase, Case, Generated, Suite
+from vbench.suites.data import REGRESSIONS, WAIVERS
 
 op = TIER_STACK
 TRACES = ("mixed", "cyclic", "palindrome")
@@ -71,8 +72,16 @@ def _offload_checks() -> tuple[Case, ...]:
         offload.case(mode="train", layers=7, width=32, tokens=3, gpu_bytes=12 * 2048, seed=1),
         offload.case(mode="train", layers=1, width=48, tokens=4, gpu_bytes=1 << 16),
         offload.case(mode="train", layers=4, width=23, tokens=5, gpu_bytes=3 * 1536),
+        # Weights as codes: two streaming slots beside two staging buffers of 1.5 KiB; some layers stay; all do.
+        *(
+            offload.case(layers=5, width=32, tokens=3, gpu_bytes=gpu, codec="nvfp4")
+            for gpu in (2 * 2048 + 2 * 1536, 4 * 2048 + 2 * 1536, 1 << 20)
+        ),
+        offload.case(layers=2, width=48, tokens=17, gpu_bytes=1 << 14, codec="nvfp4", seed=1),
         # What must be refused.
         offload.case(layers=0, width=32, tokens=1, gpu_bytes=4096),
+        offload.case(mode="train", layers=2, width=32, tokens=1, gpu_bytes=4096, codec="nvfp4"),
+        offload.case(layers=2, width=24, tokens=1, gpu_bytes=4096, codec="nvfp4"),
     )
 
 
@@ -110,6 +119,9 @@ def _fetch_benches() -> tuple[BenchCase, ...]:
 OFFLOADED = "48 square layers of 8192 features in bf16, 6.44 GB: the bytes of 24 MLP blocks streamed by other engines"
 
 
+CODED = "the same layers as nvfp4 codes, 1.81 GB: 3.56 times fewer bytes over the link"
+
+
 def _offload_benches() -> tuple[BenchCase, ...]:
     """Weights six times the budget at four token counts, all of them within it, and a training step beyond it."""
     case = OFFLOAD_PASS.case
@@ -120,6 +132,7 @@ def _offload_benches() -> tuple[BenchCase, ...]:
         ),
         *(BenchCase(case(tokens=t, gpu_bytes=GIB, **large), OFFLOADED) for t in (16, 1024, 8192, 32768)),
         BenchCase(case(tokens=1024, gpu_bytes=8 * GIB, **large), OFFLOADED),
+        *(BenchCase(case(tokens=t, gpu_bytes=GIB, codec="nvfp4", **large), CODED) for t in (16, 1024, 8192)),
         BenchCase(
             case(mode="train", layers=12, width=8192, tokens=8192, gpu_bytes=GIB // 2),
             "12 square layers of 8192 features in bf16 and their gradients",
@@ -136,4 +149,6 @@ SUITE = Suite(
         Generated("vbench.suites.strategies:tier_fetch_cases", (8, 50, 500)),
     ),
     benches=(*_benches(), *_fetch_benches(), *_offload_benches()),
+    regressions=REGRESSIONS,
+    waivers=WAIVERS,
 )

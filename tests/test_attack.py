@@ -161,12 +161,13 @@ def test_the_document_lists_the_corpus() -> None:
     assert {row[0] for row in rows_by_k()} == by_k
 
 
-def test_the_documents_twins_are_within_their_budgets_and_what_is_planted_is_not() -> None:
+def test_the_documents_twins_use_their_budgets_and_what_is_planted_exceeds_it() -> None:
+    """A twin below a twentieth would mean a budget that hides faults twenty times as large as honest errors."""
     for name, _, *cells in rows_by_k():
         assert len(cells) == len(table.K)
         for cell in cells:
             twin, _, wrong = cell.partition(", grid")[0].partition(" / ")
-            assert float(twin) <= 1, name
+            assert 0.05 <= float(twin) <= 1, name
             assert "planted" not in name or float(wrong) > 1.5, name
 
 

@@ -15,7 +15,7 @@ from vbench.cli import main, parser
 PAIRS = "--suite --op --case --backend --effort --device --pairs --max-pairs --delta --limit-s --floors --seed --out"
 FROZEN = {
     "run": "--suite --backend --op --device --effort --out --seed --resume --no-time --dry-run --strict --json",
-    "list": "--matrix --device --json",
+    "list": "--matrix --device --run --kept --out --json",
     "show": "run --failed --case --out --format --json",
     "repro": "hash --run --backend --out --json",
     "doctor": "--json",
@@ -23,6 +23,8 @@ FROZEN = {
     "ab": f"a b --strict --format {PAIRS}",
     "baseline update": "runs --baseline --document --ledger --out --write --json",
     "backend check": "name --op --device --effort --seed --out --json",
+    "fuzz": "--backend --case --suite --op --device --cases --limit-s --shrink-s --frames --workers --seed "
+    "--regressions --resume --out --json",
     "report": "run --output --out",
     "roofline": "--device --only --folder --out --json",
     "selftest": "--control --aa --simulated --suite --op --case --backend --device --cases --skip --pairs --limit-s "

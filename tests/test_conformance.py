@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,14 +10,19 @@ import pytest
 import torch
 
 from tests import plugins
-from vbench import check, conformance, registry, repro
+from vbench import check, conformance, plan, registry, repro
 from vbench.cli import main
+from vbench.controls import softmax
 from vbench.errors import UsageError
 from vbench.plan import CONFORMANCE
 from vbench.record import Outcome, Record
-from vbench.reference.ops.attention import ATTENTION
+from vbench.reference import laws
+from vbench.reference.ops.attention import ATTENTION, ATTENTION_BACKWARD
 from vbench.reference.ops.fp4 import FP4_LINEAR, FP4_QUANTIZE
+from vbench.reference.ops.int8 import INT8_LINEAR
+from vbench.registry import BackendInfo
 from vbench.spec import Case, Op, resolve
+from vbench.worker import Worker
 
 CASE = FP4_LINEAR.case(fmt="nvfp4", m=1, n=2, k=16)
 
@@ -46,6 +52,33 @@ def test_the_verdict() -> None:
 def test_repro_asks_as_much_as_the_check_did() -> None:
     asked = {job.suite: job.thorough for job in repro.jobs_of([record(Outcome.WRONG_VALUE)])}
     assert asked == {CONFORMANCE: True}
+    of_a_run = dataclasses.replace(record(Outcome.WRONG_VALUE), suite="attention")
+    for reason, thorough in (("value", False), ("laws", True), ("rebound_inputs", True)):
+        (job,) = repro.jobs_of([dataclasses.replace(of_a_run, reason=reason)])
+        assert job.thorough == thorough
+
+
+def test_a_run_tries_laws_on_a_part_of_the_drawn_cases() -> None:
+    suite = registry.suites()["attention"]
+    infos = [
+        BackendInfo(role, "d", role=role, ops={"attention": "m:f", "attention_backward": "m:f"})
+        for role in ("own", "peer", "subject")
+    ]
+    jobs = plan.plan([suite], infos, ops=registry.ops(), effort="standard", seed=0, timing=False)
+    lawful = {(job.role, job.case) for job in jobs if job.kind == "check" and job.thorough}
+    assert {role for role, _ in lawful} == {"own", "peer"}
+    assert all(job.off == (("battery",) if job.thorough else ()) for job in jobs if job.kind == "check")
+    cases = {case for _, case in lawful}
+    assert not cases & {case.id for case in suite.checks}
+    drawn = sum(generated.count[1] for generated in suite.generated)
+    assert drawn / plan.LAWFUL_ONE_IN / 2 < len(cases) <= drawn / plan.LAWFUL_ONE_IN + 2
+    # What such a job asks is enough for a kernel that only a law catches.
+    worker = Worker("controls_softmax", "vbench-kernels", "cpu")
+    control = next(c for c in softmax.CORPUS.controls if c.name == "leaking_mask")
+    (case,) = control.cases
+    request = {"kind": "check", "op": case.op, "case": case.id, "variant": control.name, "role": "own"}
+    assert worker.run(request).outcome is Outcome.PASSED
+    assert worker.run(request | {"thorough": True, "off": ["battery"]}).reason == "laws"
 
 
 @pytest.mark.parametrize(("spoil", "code"), [("", 0), ('inputs["codes"] & 15, inputs["codes"] & 15', 1)])
@@ -67,12 +100,22 @@ def test_a_strangers_backend_gets_a_verdict(
         )
 
 
+LAWS = {
+    "fp4_linear": laws.linear_laws,
+    "fp4_quantize": laws.quantize_laws,
+    "attention": laws.attention_laws,
+    "attention_backward": laws.backward_laws,
+    "int8_linear": laws.int8_laws,
+}
 LAWFUL: tuple[tuple[Op, Case], ...] = (
     (FP4_LINEAR, FP4_LINEAR.case(fmt="mxfp4", x="fp16", m=4, n=8, k=64)),
     (FP4_LINEAR, FP4_LINEAR.case(fmt="nf4", x="bf16", act="relu", m=3, n=8, k=64)),
     (FP4_QUANTIZE, FP4_QUANTIZE.case(fmt="absmax7_g128", w="fp32", dist="grid", n=4, k=256)),
     (FP4_QUANTIZE, FP4_QUANTIZE.case(fmt="nvfp4", w="bf16", n=4, k=64)),
-    (ATTENTION, ATTENTION.case(hq=4, hk=2, sq=8, sk=12, d=16, causal="bottom_right", layout="padded")),
+    (ATTENTION, ATTENTION.case(b=2, hq=4, hk=2, sq=8, sk=12, d=16, causal="bottom_right", layout="padded")),
+    (ATTENTION_BACKWARD, ATTENTION_BACKWARD.case(b=2, hq=4, hk=2, sq=8, sk=12, d=16, dlse=1, layout="padded")),
+    (ATTENTION_BACKWARD, ATTENTION_BACKWARD.case(dtype="fp32", b=2, hq=2, hk=2, sq=9, sk=7, d=8, causal="top_left")),
+    (INT8_LINEAR, INT8_LINEAR.case(x="bf16", act_quant="row127", m=4, n=8, k=24)),
 )
 
 
@@ -89,11 +132,11 @@ def test_the_oracle_keeps_every_law_and_breaks_it_when_spoiled(op: Op, case: Cas
         return out
 
     first = outputs(case, inputs)
-    found = list(registry.laws_of(op.name)(case, inputs))
+    found = list(LAWS[op.name](case, inputs))
     assert found
     for law in found:
-        if law.declared:
-            continue  # the oracle does not declare batch invariance
+        if law.declared == "batch_invariant":
+            continue  # the oracle does not declare it
         second = outputs(law.case, law.inputs)
         assert law.broken(first, second) == "", law.name
         spoiled = {n: t ^ 1 if t.dtype == torch.uint8 else (t.float() * 1.5).to(t.dtype) for n, t in second.items()}

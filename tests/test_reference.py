@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import ml_dtypes
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from vbench.errors import CaseError, Unsupported
 from vbench.reference import attention, fp4, linear, tiers
-from vbench.reference.budget import UNIT_ROUNDOFF
+from vbench.reference.budget import LAMBDA, UNIT_ROUNDOFF, sum_factor
 from vbench.reference.ops import OPS
 from vbench.reference.ops.attention import ATTENTION, attended_pairs
 from vbench.reference.ops.fp4 import FORMATS, FP4_LINEAR, FP4_QUANTIZE
@@ -247,3 +248,27 @@ def test_quantize_metrics_of_a_known_case() -> None:
 def test_unit_roundoffs_are_the_types_own() -> None:
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         assert UNIT_ROUNDOFF[name] == torch.finfo(dtype).eps / 2
+
+
+@pytest.mark.parametrize("k", [128, 14336])
+def test_the_budget_of_a_sum_in_any_order_is_within_a_factor_of_what_an_order_needs(k: int) -> None:
+    """docs/adr/0025: an ascending order needs a tenth of it at any length, a blocked one ever less.
+
+    The control is the sharper budget for orders that know nothing of the terms: it accuses the ascending order of
+    long sums.
+    """
+    generator = torch.Generator().manual_seed(k)
+    terms = torch.randn(256, k, generator=generator) * torch.randn(256, k, generator=generator)
+    exact, u = terms.double().sum(dim=1), UNIT_ROUNDOFF["fp32"]
+
+    def over(total: torch.Tensor, budget: torch.Tensor) -> float:
+        return float(((total.double() - exact).abs() / budget).max())
+
+    ascending = torch.zeros(256)
+    for term in terms.sort(dim=1).values.unbind(dim=1):
+        ascending = ascending + term
+    budget = sum_factor(k, "fp32") * terms.double().abs().sum(dim=1)
+    assert 0.05 < over(ascending, budget) < 0.5
+    assert over(terms.sum(dim=1), budget) < 0.05
+    sharper = LAMBDA**2 * math.sqrt(k) * u * terms.double().norm(dim=1)
+    assert (over(ascending, sharper) > 1) == (k > 128)

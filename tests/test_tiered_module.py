@@ -30,6 +30,12 @@ from vbench.kernels.tiers.units import ALIGN_BYTES, discover
 MUCH = Budget(gpu=1 << 30, pinned=1 << 30, activations=0)
 
 
+def by_address(to: Tensor) -> Tensor:
+    """The same memory, of which it is no owner: as for a device's copy engine, a pending copy is nobody who reads."""
+    memory = (ctypes.c_uint8 * (to.numel() * to.element_size())).from_address(to.data_ptr())
+    return torch.frombuffer(memory, dtype=torch.uint8).view(to.dtype).view(to.shape)
+
+
 class LateCopies(HostLinks):
     """Copies run as late as the engine allows: when compute, or the host, waits for them.
 
@@ -39,20 +45,22 @@ class LateCopies(HostLinks):
 
     def __init__(self, forget: str = "") -> None:
         self._forget = forget
-        self._queue: list[tuple[Tensor, Tensor]] = []
+        self._queue: list[Callable[[], object]] = []
         self._done = 0
 
     def copy(self, to: Tensor, source: Tensor, after: Marks) -> Marks:
-        # As a device's copy engine does, remember addresses, not references: a pending copy is nobody who reads a slot.
-        memory = (ctypes.c_uint8 * (to.numel() * to.element_size())).from_address(to.data_ptr())
-        there = torch.frombuffer(memory, dtype=torch.uint8).view(to.dtype).view(to.shape)
-        self._queue.append((there, source))
+        there = by_address(to)
+        self._queue.append(lambda: there.copy_(source))
         return (Mark(1, len(self._queue), None),)
 
     def _run(self, until: int) -> None:
-        for to, source in self._queue[self._done : until]:
-            to.copy_(source)
+        for work in self._queue[self._done : until]:
+            work()
         self._done = max(self._done, until)
+
+    def beside(self, work: Callable[[], None], after: Marks) -> Marks:
+        self._queue.append(work)
+        return (Mark(1, len(self._queue), None),)
 
     def compute_wait(self, marks: Marks) -> None:
         if self._forget != "compute_wait":

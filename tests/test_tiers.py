@@ -421,11 +421,13 @@ def test_tensors_of_one_size_stay_aligned_and_never_pack() -> None:
 
 # --- copies that come late -------------------------------------------------------------------------------------------
 
-COPY, COMPUTE = 1, 2
+COPY, COMPUTE, BESIDE = 1, 2, 3
 
 
 class LateLinks:
-    """Two streams whose work runs at random, as late as waits allow. Memory the test lends counts as pageable.
+    """Three streams (copies, compute, what runs beside) whose work runs at random, as late as waits allow.
+
+    Memory the test lends counts as pageable.
 
     Args:
         seed: of the schedule.
@@ -433,18 +435,21 @@ class LateLinks:
         forget: which rule of the stream contract to break, for the controls.
     """
 
+    early = 0.3
+    early_streams: tuple[int, ...] = (COPY, COMPUTE, BESIDE)
+
     def __init__(self, seed: int, lent: list[Tensor], forget: str = "") -> None:
         self._rng = random.Random(seed)
         self._lent = {t.untyped_storage().data_ptr() for t in lent}
         self._forget = forget
-        self._queues: dict[int, list[tuple[Callable[[], object], Marks]]] = {COPY: [], COMPUTE: []}
-        self._done = {COPY: 0, COMPUTE: 0}
+        self._queues: dict[int, list[tuple[Callable[[], object], Marks]]] = {COPY: [], COMPUTE: [], BESIDE: []}
+        self._done = {COPY: 0, COMPUTE: 0, BESIDE: 0}
 
     def _issue(self, stream: int, work: Callable[[], object], after: Marks) -> Marks:
         queue = self._queues[stream]
         queue.append((work, after))
-        while self._rng.random() < 0.3:  # now and then something happens to be done early
-            self._run_one(self._rng.choice((COPY, COMPUTE)))
+        while self._rng.random() < self.early:  # now and then something happens to be done early
+            self._run_one(self._rng.choice(self.early_streams))
         return (Mark(stream, len(queue), None),)
 
     def _over(self, mark: Mark) -> bool:
@@ -470,6 +475,9 @@ class LateLinks:
         if self._forget == "after":
             after = ()
         return self._issue(COPY, lambda: to.copy_(source), after)
+
+    def beside(self, work: Callable[[], None], after: Marks) -> Marks:
+        return self._issue(BESIDE, work, () if self._forget == "beside_after" else after)
 
     def compute_stream(self) -> Any:
         return COMPUTE

@@ -273,6 +273,23 @@ def test_split_k_and_one_hot_rows_give_decoded_columns(fmt: str) -> None:
 
 
 @needs_interpreter
+@pytest.mark.parametrize("fmt", ops.FORMATS)
+def test_one_program_walking_all_parts_gives_the_bits_of_split_k(fmt: str) -> None:
+    """Batch invariance between kernels rests on it. Five or three blocks, so that a last part is shorter."""
+    for k, split in ((1280, 2), (1280, 4), (768, 2)):
+        case = ops.FP4_LINEAR.case(fmt=fmt, x="bf16", act="gelu", bias=1, m=9, n=40, k=k)
+        inputs = linear_inputs(case, "cpu")
+        chosen = linear.make(case, "", "cpu").plan
+        results = []
+        for walk in (False, True):
+            y = torch.full((9, 40), float("nan"), dtype=torch.bfloat16)
+            plan = dataclasses.replace(chosen, split=split, walk=walk)
+            linear.LinearKernel(case, "cpu", plan).bind(inputs, {"y": y})()
+            results.append(y)
+        assert same_bits(*results)
+
+
+@needs_interpreter
 @given(fmt=FORMATS, fault=st.sampled_from(("swap_nibbles", "drop_tail", "shift_scales", "zeros", "half")))
 @settings(max_examples=20)
 def test_control_wrong_weights_and_outputs_are_caught(fmt: str, fault: str) -> None:
@@ -337,6 +354,15 @@ def test_split_depends_on_the_weight_only(n: int, k: int, x: str, fmt: str) -> N
         assert len(columns) == 1
 
 
+def test_a_bias_never_goes_through_the_vendors_product() -> None:
+    for fmt in ops.FORMATS:
+        paths = {
+            bias: linear.choose_plan(8192, 4096, 4096, fmt, "bf16", "none", "cuda", True, False, bias).path
+            for bias in (False, True)
+        }
+        assert paths == {False: "dequant_cublas", True: "gluon"}
+
+
 @given(
     fmt=FORMATS,
     x=DTYPES,
@@ -360,7 +386,9 @@ def test_tables_take_every_case_by_a_path_that_admits_it(
         assert act in ("none", "relu") and x != "fp32"
     kernel = linear.LinearKernel(ops.FP4_LINEAR.case(fmt=fmt, x=x, act=act, m=m, n=n, k=k), "cuda", plan)
     lossy = plan.path == "dequant_cublas" and fmt in ("absmax7_row", "absmax7_g128", "nf4")
-    assert kernel.numerics.operand_roundings == (("bf16",) if lossy else ())  # interpreted: nf4's values stay float32
+    # Interpreted, nf4's values stay float32.
+    assert kernel.numerics.operand_roundings == (("bf16",) if lossy else (x, x) if plan.scaled else ())
+    assert not plan.scaled or (plan.path, fmt) == ("gluon", "absmax7_g128")
 
 
 def test_rule_for_the_copy_engine() -> None:
@@ -404,8 +432,8 @@ def test_every_plan_of_the_tables_is_right(fmt: str, plan: linear.Plan) -> None:
 @pytest.mark.parametrize("act", ["none", "relu"])
 @pytest.mark.parametrize("fmt", ops.FORMATS)
 def test_dequantised_path_is_inside_the_budget_it_declares(fmt: str, act: str, chunk: int) -> None:
-    """On the CPU the GEMM is torch's; chunks, scales, alpha and bias are ours. float32 sums, one rounding."""
-    case = ops.FP4_LINEAR.case(fmt=fmt, x="bf16", act=act, bias=1, m=9, n=40, k=256)
+    """On the CPU the GEMM is torch's; chunks, scales and alpha are ours. float32 sums, one rounding."""
+    case = ops.FP4_LINEAR.case(fmt=fmt, x="bf16", act=act, m=9, n=40, k=256)
     inputs = linear_inputs(case, "cpu")
     plan = linear.Plan("dequant_cublas", 0, 0, 0, 0, 0, chunk=chunk)
     kernel = linear.LinearKernel(case, "cpu", plan)

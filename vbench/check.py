@@ -43,6 +43,9 @@ ORACLES = (
 )
 EXTRA = frozenset({"rebind", "battery", "laws", "batch_invariance"})
 
+#: Reasons of records that only those can leave.
+BEYOND = frozenset({"laws", "batch_invariance", "rebound_inputs"})
+
 #: Poison of integer outputs; floating outputs are poisoned with NaN.
 POISON_BYTE = 0xA5
 

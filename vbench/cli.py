@@ -39,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
     ls = commands.add_parser("list", help="ops, backends, suites, claims")
     ls.add_argument("--matrix", action="store_true", help="what each kernel takes by format and dtype, or its refusal")
     ls.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the matrix (auto)")
+    ls.add_argument("--run", metavar="RUN", help="the matrix of this run's checks (with --json: to be kept)")
+    ls.add_argument("--kept", type=Path, metavar="FILE", help="the matrix of kept checks")
+    ls.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results folder ({DEFAULT_OUT})")
     ls.add_argument("--json", action="store_true", help="print JSON")
 
     show = commands.add_parser("show", help="the records of a run as tables")
@@ -136,6 +139,12 @@ def _list(arguments: argparse.Namespace) -> int:
     from vbench import registry
     from vbench.claims import load_ledger
 
+    if not arguments.matrix and (arguments.run or arguments.kept):
+        raise UsageError("--run and --kept are of the matrix: add --matrix")
+    if arguments.run or arguments.kept:
+        from vbench.commands import checked_command
+
+        return checked_command(arguments.run, arguments.kept, arguments.out, arguments.json)
     if arguments.matrix:
         from vbench.commands import matrix_command
 

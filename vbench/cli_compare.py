@@ -92,6 +92,35 @@ def add_commands(commands: Any) -> None:
     check.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results folder ({DEFAULT_OUT})")
     check.add_argument("--json", action="store_true", help="print JSON")
 
+    fuzz = commands.add_parser("fuzz", help="many generated cases on one backend; what fails is shrunk; exit 1 if any")
+    fuzz.add_argument("--backend", default="", metavar="NAME", help="backend, or backend[variant]")
+    fuzz.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="shrink this case (id, or hash in the newest run)",
+    )
+    fuzz.add_argument("--suite", action="append", default=[], metavar="NAME", help="whose cases; repeatable; all")
+    fuzz.add_argument("--op", action="append", default=[], metavar="NAME", help="operation; repeatable; all")
+    fuzz.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where (auto)")
+    fuzz.add_argument("--cases", type=int, default=1000, metavar="N", help="end after so many judged cases (1000)")
+    fuzz.add_argument("--limit-s", type=float, metavar="S", help="begin no round that would end later than this")
+    fuzz.add_argument("--shrink-s", type=float, default=60.0, metavar="S", help="to shrink one kind of failure (60)")
+    fuzz.add_argument(
+        "--frames",
+        type=int,
+        default=64,
+        metavar="N",
+        help="on a GPU: keep each op's cases to so many compilations (64)",
+    )
+    fuzz.add_argument("--workers", type=int, metavar="N", help="processes side by side (cores; on a GPU at most 8)")
+    fuzz.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases and frames (0)")
+    fuzz.add_argument("--regressions", type=Path, metavar="FILE", help="keep failures here (ours: the suites' file)")
+    fuzz.add_argument("--resume", metavar="RUN", help="go on with a search (run id, folder or latest)")
+    fuzz.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results folder ({DEFAULT_OUT})")
+    fuzz.add_argument("--json", action="store_true", help="print JSON")
+
     report = commands.add_parser("report", help="a run as one offline HTML page")
     report.add_argument("run", nargs="?", default="latest", metavar="RUN", help="run id, folder or JSONL file (latest)")
     report.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="(report.html)")
@@ -200,6 +229,32 @@ def _backend(arguments: argparse.Namespace) -> int:
     )
 
 
+def _fuzz(arguments: argparse.Namespace) -> int:
+    from vbench.fuzz_command import fuzz_command
+
+    if (arguments.resume is None) == (not arguments.backend):
+        raise UsageError("fuzz: give --backend NAME, or --resume RUN")
+    if arguments.cases < 1 or (arguments.workers is not None and arguments.workers < 1):
+        raise UsageError("fuzz: --cases and --workers take numbers from 1 on")
+    return fuzz_command(
+        backend=arguments.backend,
+        suites=arguments.suite,
+        ops=arguments.op,
+        given=arguments.case,
+        device=arguments.device,
+        cases=arguments.cases,
+        frames=arguments.frames,
+        limit_s=arguments.limit_s,
+        shrink_s=arguments.shrink_s,
+        seed=arguments.seed,
+        workers=arguments.workers,
+        regressions_file=arguments.regressions,
+        resume=arguments.resume,
+        out=arguments.out,
+        as_json=arguments.json,
+    )
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from vbench.compare_commands import report_command
 
@@ -214,4 +269,5 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "roofline": _roofline,
     "report": _report,
     "backend": _backend,
+    "fuzz": _fuzz,
 }

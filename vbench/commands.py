@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vbench import environment, registry, report, selftest, simulate, spec
+from vbench import environment, registry, report, selftest, simulate, spec, waivers
 from vbench.backend import Device
 from vbench.claims import Claim, Ledger, arithmetic_metrics, load_ledger, stated_digest
 from vbench.errors import DataError, UsageError
@@ -26,6 +26,7 @@ from vbench.roofline import Attained, attained, ceilings
 from vbench.rows import MOST_ROWS, Limited, estimate_s, within_limit
 from vbench.sources import digest, job_digest
 from vbench.store import RUN_FILE, Key, RunStore, new_run_id, read_records, read_summary, start_counts
+from vbench.tallies import op_of
 
 
 def current_sources(infos: Mapping[str, BackendInfo] | None = None) -> Callable[[Record], str | None]:
@@ -45,7 +46,7 @@ def current_sources(infos: Mapping[str, BackendInfo] | None = None) -> Callable[
         if record.kind == "compile":
             compiler = infos.get(record.backend)
             return digest((compiler.configurations.partition(":")[0],)) if compiler is not None else None
-        op = ops.get(record.case.partition("[")[0])
+        op = ops.get(op_of(record) if record.kind == "fuzz" else record.case.partition("[")[0])
         info = infos.get(record.backend)
         if op is None or info is None or op.name not in info.ops:
             return None
@@ -321,6 +322,7 @@ def _execute(
         elapsed_s=time.monotonic() - began,
         device=where,
         postponed=int(summary.get("postponed", 0)),
+        waived=waivers.judge(waivers.of_suites(registry.suites()[n] for n in summary["suites"]), records),
     )
     print(screen)
     return code
@@ -448,9 +450,10 @@ def show_run(run: str, out: Path, failed: bool, case_hash: str | None, fmt: str)
         print(report.table(report.frame(records).drop(columns=["suite"]).dropna(axis="columns", how="all"), fmt))
         return 0
     parts = [report.conformance(records)] if any(r.kind == "check" for r in records) else []
+    parts += [report.searched(records)] if any(r.kind == "fuzz" for r in records) else []
     parts += [report.compiled(records)] if any(r.kind == "compile" for r in records) else []
     parts += [report.timings(records, attainer(records))] if any(r.measurements for r in records) else []
-    print("\n\n".join(report.table(part, fmt) for part in parts) or "neither checks, compilations nor timings")
+    print("\n\n".join(report.table(part, fmt) for part in parts) or "nothing that makes a table")
     return 0
 
 
@@ -468,6 +471,31 @@ def matrix_command(device: str, as_json: bool) -> int:
     if holes:
         print(f"vbench: {len(holes)} cells are holes: neither taken nor refused by Unsupported", file=sys.stderr)
     return 1 if holes else 0
+
+
+def checked_command(run: str | None, kept: Path | None, out: Path, as_json: bool) -> int:
+    """``vbench list --matrix`` of checks that were made. Exit code 1 where one of ours failed; strangers' do not count.
+
+    Raises:
+        UsageError: both or no such run. DataError: no file of cells, or a run without checks.
+    """
+    from vbench import cells
+
+    if run is not None and kept is not None:
+        raise UsageError("--run and --kept: one of them")
+    ops, infos = registry.ops(), registry.backends()
+    found = cells.read(kept) if kept is not None else cells.of_records(read_records(find_run(run or "", out)), ops)
+
+    def current(backend: str, op: str) -> str | None:
+        if backend not in infos or op not in infos[backend].ops:
+            return None
+        return job_digest(infos[backend].ops[op], ops[op].oracle, ops[op].inputs)
+
+    print(cells.to_text(found) if as_json else cells.to_markdown(found, ops, current), end="")
+    wrong = cells.broken(found)
+    for cell in wrong:
+        print(f"vbench: {cell.kernel} {cell.op} {','.join(cell.values)}: {cell}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def doctor_command(as_json: bool) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vbench import commands, registry
+from vbench import commands, registry, waivers
 from vbench.errors import UsageError
 from vbench.plan import CONFORMANCE, DEADLINE_S, Effort, Job, check_cases, run_probe
 from vbench.record import EXCUSED, Outcome, Record
@@ -49,10 +49,11 @@ def jobs_of(info: BackendInfo, suites: Sequence[Suite], ops: Sequence[str], effo
     ]
 
 
-def verdict(records: Sequence[Record]) -> tuple[int, dict[str, Any]]:
-    """Exit code and body: 1 with any violation, whatever the backend's role; 3 if no case passed; else 0."""
+def verdict(records: Sequence[Record], waived: waivers.Waived | None = None) -> tuple[int, dict[str, Any]]:
+    """Exit code and body: 1 with any violation that is not waived, whatever the backend's role; 3 if no case passed."""
     checked = [r for r in records if r.kind == "check"]
-    bad = [r for r in checked if r.outcome not in EXCUSED]
+    excused = waived.excused if waived is not None else {}
+    bad = [r for r in checked if r.outcome not in EXCUSED and r.id not in excused]
     passed = [r for r in checked if r.outcome is Outcome.PASSED]
     errors = [r.error.worst_over_budget for r in passed if r.error is not None]
     body = {
@@ -60,6 +61,7 @@ def verdict(records: Sequence[Record]) -> tuple[int, dict[str, Any]]:
         "outcomes": dict(Counter(str(r.outcome) for r in checked)),
         "refusals": dict(Counter(r.reason for r in checked if r.outcome is Outcome.UNSUPPORTED)),
         "worst_over_budget": max(errors, default=None),
+        "waived": waived.lines() if waived is not None else [],
         "violations": [
             {
                 "case": r.case,
@@ -92,6 +94,7 @@ def lines(name: str, probe: Record | None, code: int, body: dict[str, Any], run:
         out.append(f"          vbench repro {v['hash']} --run {run} --backend '{name}{who}'")
     if len(body["violations"]) > SHOWN:
         out.append(f"          and {len(body['violations']) - SHOWN} more: vbench show {run} --failed")
+    out += body["waived"]
     words = {0: "conforms on every case it takes", 1: "does not conform", 3: "nothing judged: no case passed"}
     return [*out, f"verdict   {words[code]}"]
 
@@ -110,7 +113,8 @@ def check_command(
     if info.problem:
         raise UsageError(f"backend {name!r}: {info.problem}: {info.detail}")
     where = commands.device_of(device)
-    jobs = jobs_of(info, list(registry.suites().values()), registry.choose("op", ops, known), effort, seed)
+    suites = list(registry.suites().values())
+    jobs = jobs_of(info, suites, registry.choose("op", ops, known), effort, seed)
     if len(jobs) == 1:
         raise UsageError(f"backend {name!r} has none of these operations; it has {', '.join(info.ops)}")
     run_id = new_run_id()
@@ -128,7 +132,7 @@ def check_command(
         ).execute()
     finally:
         store.close()
-    code, body = verdict(records)
+    code, body = verdict(records, waivers.judge(waivers.of_suites(suites), records))
     if as_json:
         print(json.dumps({"backend": name, "exit": code, "run": run_id, **body}, indent=1, ensure_ascii=False))
         return code

@@ -20,6 +20,7 @@ Spans
         outcomes [hardware=C] [kind=time|check] [suite=S]   (backend x op, jobs counted by outcome)
         claims [only=SUPPORTED,...] [prefix=fp4.]           (claims whose verdict, stated or restated, is among these)
         rates backend=WHO [stage=cell|bh|suite]                (our own error rates, from ``vbench selftest``)
+        search backend=WHO hardware=C                          (cases survived, from ``vbench fuzz``)
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from vbench import tallies
 from vbench.claims import CLASS_PATTERN, VERDICT_WORDS, Figures, Ledger
 from vbench.errors import DataError
 from vbench.judge import (
@@ -320,6 +322,8 @@ def evidence(
         if selector is not None and selector.kind == "rates":
             backend = selector.given.get("backend")
             ids |= {r.id for r in records if r.kind == "selftest" and r.backend == backend}
+        if selector is not None and selector.kind == "search":
+            ids |= {r.id for r in _rounds(selector, records)}
         if selector is not None and selector.kind in ("ratio", "value"):
             grid = _grid(selector, records)
             for cell in grid.found.values():
@@ -449,8 +453,10 @@ def _table(
         return _claims_table(selector, verdicts)
     if selector.kind == "rates":
         return _rates_table(selector, records, current_sources)
+    if selector.kind == "search":
+        return _search_table(selector, records, current_sources)
     raise DataError(
-        f"{selector.here}: table kind {selector.kind!r} is not one of claims, outcomes, rates, ratio, value"
+        f"{selector.here}: table kind {selector.kind!r} is not one of claims, outcomes, rates, ratio, search, value"
     )
 
 
@@ -624,6 +630,24 @@ def rates_table(
     injected = sorted({i for cells in rows.values() for i in cells})
     head = ["machine", "stage", "pairs", *(f"+{100 * i:g} %" if i else "identical code" for i in injected)]
     return _markdown(head, ([*key, *(cells.get(i, "no record") for i in injected)] for key, cells in rows.items()))
+
+
+def _rounds(selector: _Selector, records: Sequence[Record]) -> list[Record]:
+    backend = selector.take("backend", r"\w+")
+    hardware = selector.take("hardware", CLASS_PATTERN.pattern)
+    selector.done()
+    return [r for r in records if r.kind == "fuzz" and r.backend == backend and r.hardware == hardware]
+
+
+def _search_table(selector: _Selector, records: Sequence[Record], current_sources: CurrentSources) -> list[str]:
+    """A row a kernel: cases, how they ended, error over budget. Rounds of other sources are left out and counted."""
+    rounds = _rounds(selector, records)
+    if not rounds:
+        return ["NOT_RUN (no_records)"]
+    stale = [r for r in rounds if is_stale(r, current_sources)]
+    head, rows = tallies.rows(r for r in rounds if r not in stale)
+    lines = _markdown(head, rows) if rows else []
+    return [*lines, *([f"STALE: {len(stale)} rounds are of other sources"] if stale else [])]
 
 
 def _short(found: Finding) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from vbench import regressions
 from vbench.gate import Planned
 from vbench.record import Kind
 from vbench.registry import BackendInfo
-from vbench.spec import Case, Generated, Suite, resolve
+from vbench.spec import Case, Frame, Generated, Suite, resolve
 
 Effort = Literal["quick", "standard", "full"]
 EFFORTS: tuple[Effort, ...] = ("quick", "standard", "full")
@@ -19,10 +20,16 @@ DEADLINE_S: Mapping[Kind, float] = {
     "probe": 120.0, "check": 60.0, "time": 180.0, "battery": 60.0, "arithmetic": 5.0, "compile": 180.0,
 }  # fmt: skip
 
+#: Of the drawn cases ``vbench run`` tries laws and other values at the same addresses on one in so many: each costs
+#: some launches more, and interpreters are slow. ``vbench backend check`` does on all.
+LAWFUL_ONE_IN = 5
+
 #: Names of the harness's own executors in records; they take no entry point.
 BATTERY = "trivial_kernels"
 #: Suite name in records of ``vbench backend check``: their jobs are thorough.
 CONFORMANCE = "conformance"
+#: Suite name in records of ``vbench fuzz``: thorough too.
+FUZZ = "fuzz"
 ARITHMETIC = "arithmetic"
 
 
@@ -68,13 +75,19 @@ def is_compile(kind: str, case: str) -> bool:
     return kind == "compile" or (kind == "probe" and case.endswith(",place=compile]"))
 
 
-def draw(generated: Generated, count: int, seed: int) -> list[Case]:
-    """``count`` examples of a strategy, reproducible from ``seed``, duplicates dropped."""
+def draw(generated: Generated, count: int, seed: int, frames: Sequence[Frame] = ()) -> list[Case]:
+    """``count`` examples of a strategy, reproducible from ``seed``, duplicates dropped.
+
+    Args:
+        frames: each example lies in one of these; without any, wherever the strategy goes.
+    """
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import seed as with_seed
+    from hypothesis import strategies as st
 
     cases: dict[str, Case] = {}
-    strategy: Any = resolve(generated.strategy)()
+    make: Any = resolve(generated.strategy)
+    strategy: Any = st.sampled_from(list(frames)).flatmap(make) if frames else make()
 
     @with_seed(seed)
     @settings(
@@ -93,11 +106,19 @@ def draw(generated: Generated, count: int, seed: int) -> list[Case]:
 
 
 def check_cases(suite: Suite, effort: Effort, seed: int) -> list[Case]:
-    """Fixed cases first, then the drawn ones."""
-    cases = {case.id: case for case in suite.checks}
+    """What once failed first, then the fixed cases, then the drawn ones."""
+    return [case for case, _ in _checks(suite, effort, seed)]
+
+
+def _checks(suite: Suite, effort: Effort, seed: int) -> list[tuple[Case, bool]]:
+    """``check_cases``, and of each whether ``vbench run`` tries the op's laws on it too."""
+    cases = {case.id: (case, True) for case in regressions.cases_of(suite)}
+    for case in suite.checks:
+        cases.setdefault(case.id, (case, False))
     for number, generated in enumerate(suite.generated):
-        for case in draw(generated, generated.count[EFFORTS.index(effort)], seed * 1000 + number):
-            cases.setdefault(case.id, case)
+        drawn = draw(generated, generated.count[EFFORTS.index(effort)], seed * 1000 + number)
+        for at, case in enumerate(drawn):
+            cases.setdefault(case.id, (case, at % LAWFUL_ONE_IN == 0))
     return list(cases.values())
 
 
@@ -129,13 +150,13 @@ def plan(
 
     for claim in claims:
         add(Job("arithmetic", "claims", claim, "", ARITHMETIC, "", "harness", DEADLINE_S["arithmetic"]))
-    checks = {s.name: [c for c in check_cases(s, effort, seed) if c.op in wanted] for s in suites}
+    checks = {s.name: [(c, lawful) for c, lawful in _checks(s, effort, seed) if c.op in wanted] for s in suites}
     reach = EFFORTS.index(effort)
     benches = {
         s.name: [b for b in s.benches if b.case.op in wanted and EFFORTS.index(b.effort) <= reach] for s in suites
     }
     for suite in suites:
-        for case in checks[suite.name]:
+        for case, _ in checks[suite.name]:
             add(Job("battery", suite.name, case.id, case.op, BATTERY, "", "harness", DEADLINE_S["battery"]))
     compilers = [s.name for s in suites if s.compiles]
     runs = [s for s in suites if not s.compiles or s.checks or s.generated or s.benches]
@@ -164,8 +185,10 @@ def plan(
             continue
         add(run_probe(info))
         for suite in suites:
-            for case in checks[suite.name]:
+            for case, lawful in checks[suite.name]:
                 if case.op in info.ops:
+                    # A subject is judged by the claims on it; the trivial kernels have jobs of their own.
+                    beyond = lawful and info.role != "subject"
                     for variant in info.variants_of(case.op):
                         add(
                             Job(
@@ -177,6 +200,8 @@ def plan(
                                 variant,
                                 info.role,
                                 DEADLINE_S["check"],
+                                thorough=beyond,
+                                off=("battery",) if beyond else (),
                             )
                         )
         if not (timing and info.timed):

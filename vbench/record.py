@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from vbench.errors import DataError
 
@@ -23,8 +23,9 @@ SCHEMA = 1
 #: ``battery``: trivial kernels against the check. ``arithmetic``: a document's own figures. ``compile``: a kernel's
 #: configuration compiled ahead of time and its machine code read. ``pair``: one side of a pair of processes, blocks of
 #: samples between the other's. ``selftest``: our own error rates. ``roofline``: a machine's measured ceilings.
-Kind = Literal["probe", "check", "time", "battery", "arithmetic", "compile", "pair", "selftest", "roofline"]
-KINDS: tuple[Kind, ...] = ("probe", "check", "time", "battery", "arithmetic", "compile", "pair", "selftest", "roofline")
+#: ``fuzz``: a round of generated cases, counted together; what failed in it has a ``check`` record of its own.
+Kind = Literal["probe", "check", "time", "battery", "arithmetic", "compile", "pair", "selftest", "roofline", "fuzz"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 Quantity = Literal["graph", "wall", "cold"]
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vbench import tallies
 from vbench.record import EXCUSED, Outcome, Record
 from vbench.spec import case_hash
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from vbench.judge import ClaimVerdict
     from vbench.roofline import Attained
+    from vbench.waivers import Waived
 
 LAST_SCREEN_LINES = 15
 
@@ -149,6 +151,14 @@ def _count_line(records: Sequence[Record]) -> str:
     return ", ".join(f"{n} {o}" for o, n in counts.most_common())
 
 
+def searched(records: Iterable[Record]) -> DataFrame:
+    """One row a kernel that ``vbench fuzz`` searched."""
+    import pandas as pd
+
+    head, rows = tallies.rows(records)
+    return pd.DataFrame(rows, columns=head)
+
+
 def _worst(records: Sequence[Record]) -> Record | None:
     scored = [r for r in records if r.role == "own" and r.kind in ("check", "time") and r.error is not None]
     return max(scored, key=lambda r: r.error.worst_over_budget if r.error else 0.0, default=None)
@@ -190,6 +200,7 @@ def last_screen(
     elapsed_s: float,
     device: str,
     postponed: int = 0,
+    waived: Waived | None = None,
 ) -> str:
     """At most LAST_SCREEN_LINES lines: what happened, what it means, what to do next."""
     stated = Counter(v.stated.word for v in verdicts if v.stated is not None)
@@ -225,19 +236,36 @@ def last_screen(
         lines.append(
             f"compiled  {passed} of {len(code_read)} configurations pass, {len(allowed)} by a declared spill{most}"
         )
+    wrong = [r for r in records if r.role == "peer" and r.outcome not in EXCUSED]
+    if wrong or (waived is not None and waived.passed):
+        lines.append(_peers_line(wrong, waived))
     if found:
         lines.append(f"subjects  {', '.join(f'{n} x {what}' for what, n in found.most_common(4))}")
-    for r in failed[:3]:
+    shown = 3 if not wrong else 2
+    for r in failed[:shown]:
         lines.append(f"FAILED    {r.who} {r.outcome.value}({r.reason}) {case_hash(r.case)} {r.case}"[:200])
-    if len(failed) > 3:
-        lines.append(f"          and {len(failed) - 3} more: vbench show {run_id} --failed")
+    if len(failed) > shown:
+        lines.append(f"          and {len(failed) - shown} more: vbench show {run_id} --failed")
     lines.append(f"not run   {', '.join(f'{n} {reason}' for reason, n in missing.most_common(6)) or 'nothing'}")
     lines.append(f"records   {where}")
     again = (
         f"vbench repro {case_hash(failed[0].case)} --run {run_id}" if failed and failed[0].kind in REPEATABLE else ""
     )
+    if wrong and not failed:
+        again = f"vbench fuzz --backend '{wrong[0].who}' --case '{wrong[0].case}' shrinks it"
     lines.append(f"next      {again or f'vbench show {run_id}'}")
     return "\n".join(lines[:LAST_SCREEN_LINES])
+
+
+def _peers_line(wrong: Sequence[Record], waived: Waived | None) -> str:
+    """Who else is wrong, what of it is known, and what was known and is right now."""
+    counts = Counter(f"{r.who} {r.outcome.value}" for r in wrong)
+    known = sum(r.id in waived.excused for r in wrong) if waived is not None else 0
+    text = f"peers     {', '.join(f'{n} x {what}' for what, n in counts.most_common(4)) or 'right'}"
+    text += f"; waived {known}" if known else ""
+    for waiver in waived.passed if waived is not None else ():
+        text += f"; UNEXPECTED PASS {waiver.backend} {waiver.op} ({waiver.issue})"
+    return text
 
 
 def _words(counts: Counter[str]) -> str:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vbench import spec
+from vbench import check, spec
 from vbench.backend import Device
 from vbench.errors import UsageError
-from vbench.plan import BATTERY, CONFORMANCE, DEADLINE_S, Job, compile_probe, run_probe
+from vbench.plan import BATTERY, CONFORMANCE, DEADLINE_S, FUZZ, Job, compile_probe, run_probe
 from vbench.record import EXCUSED, Outcome, Record
 from vbench.registry import BackendInfo
 from vbench.report import REPEATABLE
@@ -60,7 +60,7 @@ def jobs_of(records: Sequence[Record]) -> list[Job]:
             r.role,
             DEADLINE_S[r.kind],
             compiles=r.kind == "compile",
-            thorough=r.suite == CONFORMANCE,
+            thorough=r.suite in (CONFORMANCE, FUZZ) or r.reason in check.BEYOND,
         )
         for r in records
     ]

@@ -359,27 +359,7 @@ class Run:
         answer = worker.ask(request, job.deadline_s)
         if isinstance(answer, Failure):
             return self._record(job, answer.outcome, answer.reason, answer.detail)
-        error = answer["error"]
-        env = answer.get("environment")
-        return self._record(
-            job,
-            Outcome(answer["outcome"]),
-            answer["reason"],
-            answer["detail"],
-            error=ErrorStats(**{**error, "at": tuple(error["at"])}) if error else None,
-            measurements=tuple(Measurement.from_dict(m) for m in answer["measurements"]),
-            metrics=answer["metrics"] or {},
-            prepare_s=answer["prepare_s"],
-            first_launch_s=answer.get("first_launch_s"),
-            steady_launch_s=answer.get("steady_launch_s"),
-            peak_bytes=answer["peak_bytes"],
-            peak_device_bytes=answer.get("peak_device_bytes"),
-            absent=answer.get("absent") or {},
-            numerics=answer["numerics"] or {},
-            sources=answer["sources"],
-            elapsed_s=answer["elapsed_s"],
-            environment=env or None,
-        )
+        return self._record(job, Outcome(answer["outcome"]), answer["reason"], answer["detail"], **answered(answer))
 
     def _record(self, job: Job, outcome: Outcome, reason: str = "", detail: str = "", **rest: Any) -> Record:
         env = rest.pop("environment", None)
@@ -401,6 +381,26 @@ class Run:
             environment=env,
             **rest,
         )
+
+
+def answered(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """What a worker found, as the fields of a Record besides outcome, reason and detail."""
+    error = answer["error"]
+    return {
+        "error": ErrorStats(**{**error, "at": tuple(error["at"])}) if error else None,
+        "measurements": tuple(Measurement.from_dict(m) for m in answer["measurements"]),
+        "metrics": answer["metrics"] or {},
+        "prepare_s": answer["prepare_s"],
+        "first_launch_s": answer.get("first_launch_s"),
+        "steady_launch_s": answer.get("steady_launch_s"),
+        "peak_bytes": answer["peak_bytes"],
+        "peak_device_bytes": answer.get("peak_device_bytes"),
+        "absent": answer.get("absent") or {},
+        "numerics": answer["numerics"] or {},
+        "sources": answer["sources"],
+        "elapsed_s": answer["elapsed_s"],
+        "environment": answer.get("environment") or None,
+    }
 
 
 def detect_device() -> Device:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -287,24 +287,56 @@ class BenchCase:
     device: Literal["cuda", "any"] = "cuda"
 
 
+def size_class(value: int) -> str:
+    """What a compiler may specialise an integer on: ``zero``, ``one``, ``sixteens`` (a multiple) or ``other``."""
+    return "zero" if value == 0 else "one" if value == 1 else "sixteens" if value % 16 == 0 else "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Cases that need (nearly) one compilation: some parameters fixed, each remaining size within its class.
+
+    Args:
+        fixed: parameter -> value.
+        sizes: axis -> ``size_class`` of its value.
+    """
+
+    fixed: tuple[tuple[str, ParamValue], ...]
+    sizes: tuple[tuple[str, str], ...]
+
+    @staticmethod
+    def of(op: Op, case: Case, names: Collection[str]) -> Frame:
+        """The frame around ``case`` with the parameters ``names`` fixed."""
+        sizes = ((p.name, size_class(case.axis(p.name))) for p in op.params if p.kind == "axis" and p.name not in names)
+        return Frame(tuple((name, case[name]) for name in names), tuple(sizes))
+
+
 @dataclass(frozen=True, slots=True)
 class Generated:
     """Check cases drawn from a Hypothesis strategy.
 
     Args:
-        strategy: ``module:function() -> SearchStrategy[Case]``.
+        strategy: ``module:function() -> SearchStrategy[Case]``; with ``frame`` it also takes a ``Frame`` to keep to.
         count: examples at effort quick, standard, full.
+        frame: the parameters that a kernel is compiled for, so that a search of many cases can be kept to few frames.
+        device: ``cuda`` for cases too large for an interpreter; only ``vbench fuzz`` draws those.
     """
 
     strategy: str
     count: tuple[int, int, int]
+    frame: tuple[str, ...] = ()
+    device: Literal["cuda", "any"] = "any"
 
 
 @dataclass(frozen=True, slots=True)
 class Suite:
     """Which cases to try. Fixed check cases are the ones no random draw may be trusted to hit.
 
-    ``compiles``: it also holds every configuration that the backends compile to (the ahead-of-time gate).
+    Args:
+        compiles: it also holds every configuration that the backends compile to (the ahead-of-time gate).
+        searched: strategies that only ``vbench fuzz`` draws from, besides ``generated``.
+        regressions: ``package:file`` of cases that once failed, tried before all others (``vbench.regressions``).
+        waivers: ``package:file`` of known failures (``vbench.waivers``).
     """
 
     name: str
@@ -313,6 +345,9 @@ class Suite:
     generated: tuple[Generated, ...] = ()
     benches: tuple[BenchCase, ...] = ()
     compiles: bool = False
+    searched: tuple[Generated, ...] = ()
+    regressions: str = ""
+    waivers: str = ""
 
 
 def resolve(reference: str) -> Any:

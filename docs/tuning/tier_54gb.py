@@ -6,11 +6,15 @@ The defaults are 402 square bf16 layers of 8192 features: 54.0 GB of weights and
 of 72 GB or more (139 GB for the timing of the all-resident step too, which is left out where it does not fit) and about
 101 GiB of host memory; page-locking that much takes most of the time (about 20 s per 54 GB on a virtual machine).
 
+Refused at once (exit code 2) where host or device memory cannot hold it. Expected: 70 s on one H200, most of it
+page-locking 108 GB. FOLDER/tier_54gb.json is written anew after every step, so that a run that is cut off leaves what
+it had, with the verdict ``UNFINISHED``.
+
 Steps: weights are made on the device from seeds and go to the host (``tier``); torch's allocator is then limited to the
 budget, so that a byte more is an out-of-memory error and not a wrong figure; forward and backward run STEPS times; the
 limit is lifted; the same weights are made again from their seeds, all-resident, and output, input gradient, every
 weight and every weight gradient are compared bitwise, layer by layer as the backward reaches them. Prints one line a
-step and the verdict; FOLDER/tier_54gb.json has all of it. Exit code 1 where anything differs or the peak is above the
+step and the verdict. Exit code 1 where anything differs or the peak is above the
 budget. With ``--device cpu`` and small sizes it tests itself: no limit, no peak.
 """
 
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,17 +34,34 @@ from torch import Tensor, nn
 
 from vbench.kernels.tiers.budget import Budget, parse_bytes
 from vbench.kernels.tiers.offload import LinearStack
-from vbench.kernels.tiers.tiered import tier
+from vbench.kernels.tiers.tiered import Tiered, tier
 from vbench.reference.offload import Weights
 
 STEPS = 3
 
 
-class Clock:
-    """Seconds of named stretches of work, device included."""
+class Report:
+    """What is known so far; on disk after every change, where a folder is given."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, folder: Path | None, told: dict[str, Any]) -> None:
+        self._folder = folder
+        self.body: dict[str, Any] = {"verdict": "UNFINISHED", **told}
+
+    def add(self, **told: Any) -> None:
+        """Take in and write."""
+        self.body |= told
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(self.body, indent=1)
+            (self._folder / "tier_54gb.json").write_text(text, encoding="utf-8")
+
+
+class Clock:
+    """Seconds of named stretches of work, device included; each goes into the report."""
+
+    def __init__(self, device: torch.device, report: Report) -> None:
         self._cuda = device.type == "cuda"
+        self._report = report
         self.took_s: dict[str, float] = {}
 
     def __call__(self, name: str, work: Callable[[], Any]) -> Any:
@@ -49,6 +71,7 @@ class Clock:
         self._synchronize()
         self.took_s[name] = time.perf_counter() - began
         print(f"{name}: {self.took_s[name]:.3f} s", flush=True)
+        self._report.add(took_s=self.took_s)
         return result
 
     def _synchronize(self) -> None:
@@ -107,6 +130,38 @@ def differences(weights: Weights, x: Tensor, dy: Tensor, tiered: nn.Module, got:
     return found
 
 
+def placement(handle: Tiered) -> dict[str, Any]:
+    """The plan without its units."""
+    return {name: value for name, value in handle.plan().items() if name != "units"}
+
+
+def host_free_bytes() -> int:
+    """What the kernel, and the control group, have left for this process; a huge number where neither tells."""
+    free = [sys.maxsize]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="ascii"))
+        free += [int(found.group(1)) * 1024] if found else []
+    limits = [Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current")]
+    if all(path.is_file() for path in limits):
+        most, used = (path.read_text(encoding="ascii").strip() for path in limits)
+        free += [int(most) - int(used)] if most.isdigit() else []
+    return min(free)
+
+
+def shortage(device: torch.device, weight_bytes: int) -> str:
+    """Why this cannot run here; empty where it can."""
+    host = 2 * weight_bytes + (4 << 30 if device.type == "cuda" else 0)
+    if host_free_bytes() < host:
+        return f"host memory: weights and gradients take {host} bytes, {host_free_bytes()} are free; lower --layers"
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        needed = weight_bytes + (6 << 30)
+        if free < needed:
+            return f"device memory: the comparison takes {needed} bytes, {free} are free; lower --layers"
+    return ""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--layers", type=int, default=402)
@@ -121,62 +176,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(given.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    clock = Clock(device)
+    told = {name: str(value) for name, value in vars(given).items()}
+    report = Report(given.out, told | {"torch": str(torch.__version__)})
+    weight_bytes = given.layers * given.width**2 * 2
+    report.add(weight_bytes=weight_bytes)
+    if lacking := shortage(device, weight_bytes):
+        report.add(verdict="REFUSED", reason=lacking)
+        print(lacking, file=sys.stderr)
+        return 2
+    clock = Clock(device, report)
     weights = Weights(given.layers, given.width, 0, given.device)
     gen = torch.Generator(given.device).manual_seed(1)
     shape = (given.tokens, given.width)
     x, dy = (torch.randn(shape, generator=gen, device=device, dtype=torch.bfloat16) for _ in range(2))
-    report: dict[str, Any] = {name: str(value) for name, value in vars(given).items()}
-    report["weight_bytes"] = given.layers * given.width**2 * 2
-    report["torch"] = str(torch.__version__)
     if device.type == "cuda":
-        report["gpu_name"] = torch.cuda.get_device_name(device)
+        report.add(gpu_name=torch.cuda.get_device_name(device))
 
     stack: LinearStack = clock("make weights", lambda: LinearStack(weights, trainable=True))
     budget = Budget(gpu=given.gpu, pinned=given.pinned, activations=given.activations)
     handle = clock("tier", lambda: tier(stack, budget=budget, device=device))
-    report["plan"] = {name: value for name, value in handle.plan().items() if name != "units"}
-    report["resident_layers"] = sum(unit["resident"] for unit in handle.plan()["units"])
+    resident_layers = sum(unit["resident"] for unit in handle.plan()["units"])
+    report.add(plan=placement(handle), resident_layers=resident_layers)
     if device.type == "cuda":
         limit(device, budget.gpu_bytes)
         torch.cuda.reset_peak_memory_stats(device)
     got = step(stack, x, dy, clock, "tiered step 1 (page-locks gradients)")
     for i in range(1, STEPS):
         got = step(stack, x, dy, clock, f"tiered step {i + 1}")
-    report["stats"] = handle.stats()
-    report["plan"]["pinned_gradient_bytes"] = handle.plan()["pinned_gradient_bytes"]
-    within = True
+    report.add(stats=handle.stats(), plan=placement(handle))
+    within, peak = True, ""
     if device.type == "cuda":
-        report["peak_bytes"] = torch.cuda.max_memory_allocated(device)
-        report["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
-        within = report["peak_bytes"] <= parse_bytes(given.gpu)
+        peak_bytes = torch.cuda.max_memory_allocated(device)
+        report.add(peak_bytes=peak_bytes, peak_reserved_bytes=torch.cuda.max_memory_reserved(device))
+        within = peak_bytes <= parse_bytes(given.gpu)
+        peak = f"peak {peak_bytes / 2**30:.2f} GiB of {given.gpu}; "
         limit(device, None)
 
     found: list[str] = clock("compare with all-resident", lambda: differences(weights, x, dy, stack, got))
-    report["different"] = found
+    good = within and not found
+    verdict = "EQUAL" if good else "DIFFERENT" if found else "OVER_BUDGET"
+    report.add(different=found, verdict=verdict)
     free = sys.maxsize
     if device.type == "cuda":
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(device)[0]
-    if free > 2.1 * report["weight_bytes"] + (8 << 30):
+    if free > 2.1 * weight_bytes + (8 << 30):
         resident = LinearStack(weights, trainable=True)
         for i in range(2):
             step(resident, x, dy, clock, f"all-resident step {i + 1}")
         del resident
     else:
-        report["all_resident_step"] = "not timed: weights and gradients do not fit the device"
-    report["took_s"] = clock.took_s
+        report.add(all_resident_step="not timed: weights and gradients do not fit the device")
     handle.close()
-    good = within and not found
-    report["verdict"] = "EQUAL" if good else "DIFFERENT" if found else "OVER_BUDGET"
-    if given.out is not None:
-        given.out.mkdir(parents=True, exist_ok=True)
-        (given.out / "tier_54gb.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    peak = f"peak {report['peak_bytes'] / 2**30:.2f} GiB of {given.gpu}; " if "peak_bytes" in report else ""
     print(
-        f"{report['verdict']}: {report['weight_bytes'] / 1e9:.1f} GB of weights, {peak}"
-        f"{report['resident_layers']} of {given.layers} layers resident, {len(found)} tensors differ {found[:3]}; "
-        f"stats {report['stats']}"
+        f"{verdict}: {weight_bytes / 1e9:.1f} GB of weights, {peak}"
+        f"{resident_layers} of {given.layers} layers resident, {len(found)} tensors differ {found[:3]}; "
+        f"stats {report.body['stats']}",
+        flush=True,
     )
     return 0 if good else 1
 

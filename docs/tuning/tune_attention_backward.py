@@ -203,8 +203,6 @@ def time_cell(d: int, causal: str, length: int, tiles: list[Any], rounds: int) -
     kept.append([plain.bind(inputs, out) for inputs, out in zip(sets, outs, strict=True)])
     graphs["plain"] = graph_of(kept[-1], repeats)
     for tile in tiles:
-        if causal != "none" and tile[-1]:
-            continue  # no walk is rotated under a mask: the same kernel as without
         bound = [bind(case, inputs, out, tile) for inputs, out in zip(sets, outs, strict=True)]
         kept.append(bound)
         launches = [lambda parts=parts: [part() for part in parts] for parts in bound]

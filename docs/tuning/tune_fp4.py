@@ -40,7 +40,7 @@ ROTATE_BYTES = 320 << 20
 
 # ---------------------------------------------------------------- measure
 
-REGIMES: dict[str, tuple[int, ...]] = {"few": (1, 4, 16), "mid": (32, 64), "many": (256, 1024, 4096)}
+REGIMES: dict[str, tuple[int, ...]] = {"few": (4, 16), "mid": (32, 64), "many": (256, 1024, 4096)}
 #: n, k, formats of each regime
 CELLS: tuple[tuple[int, int, tuple[str, ...]], ...] = (
     (14336, 4096, ("absmax7_row", "nvfp4", "mxfp4", "absmax7_g128", "nf4")),
@@ -51,40 +51,35 @@ CELLS: tuple[tuple[int, int, tuple[str, ...]], ...] = (
 
 def candidates(m: int, n: int, k: int, fmt: str) -> list[Plan]:
     """Variants worth timing for a case. Predictions and outcomes: docs/tuning/fp4.md."""
-    plans: list[Plan] = []
-    grouped = fmt in ("absmax7_g128", "nf4")
     parts = linear.split_count(n, k)
-    if m <= 16:
-        bm = 8 if m <= 8 else 16
-        for split in sorted({parts, -(-k // 4096)}):
-            plans += [Plan("stationary", 16, bm, 16, 16, 1, split, dependent=dependent) for dependent in (True, False)]
-        plans.append(Plan("fused", 64, bm, 64, 4, 4, parts))
-        if m == 16:
-            plans.append(Plan("gluon", 256 if not grouped else 128, 16, 32, 12, 5, parts))
+    if m <= linear.SPLIT_MAX_M:
+        bm = next(b for b in (8, 16, 32, 64) if m <= b)
+        if n < linear.WALK_ROWS:
+            return [linear.choose_plan(m, n, k, fmt, "bf16", "none", "cuda", hopper=True)]
+        fused = [(64, 4, 4), (64, 4, 3), (128, 8, 3), (128, 4, 3)] if m >= 16 else [(64, 2, 4), (64, 4, 4)]
+        plans = [
+            Plan("fused", bn, bm, 64, warps, stages, parts, walk=walk)
+            for bn, warps, stages in fused
+            for walk in ((False, True) if bn == 64 else (True,))
+        ]
+        if m <= 16:
+            plans.append(Plan("stationary", 16, max(8, bm), 16, 16, 1, parts, dependent=True))
         return plans
-    if m <= 64:
-        bm = 32 if m <= 32 else 64
-        tiles = ((128, 6), (128, 4)) if grouped else ((256, 4), (256, 3), (128, 6))
-        for bn, stages in tiles:
-            plans += [Plan("gluon", bn, bm, 32, 12, stages, split) for split in sorted({parts, max(1, parts // 2)})]
-        plans.append(Plan("fused", 128 if fmt != "absmax7_row" else 64, bm, 64, 8 if fmt != "absmax7_row" else 4, 3,
-                          parts // 2 or 1))  # fmt: skip
-        return plans
-    shapes = ((128, 128, 4), (128, 64, 6), (128, 64, 4)) if grouped else (
-        (256, 128, 3), (128, 128, 4), (128, 64, 6), (256, 64, 4))  # fmt: skip
-    for bn, bm, stages in shapes:
+    plans = []
+    tiles = ((128, 64, 6),) if fmt == "nf4" else ((256, 128, 3), (128, 128, 4), (128, 64, 6))
+    for bn, bm, stages in tiles:
         if m > 256 and bm == 64 and fmt != "nf4":
             continue
-        chosen = {1, 2, 4, 8} if n == 4096 and m == 256 else {1}
-        for split in sorted(chosen):
-            tiles_ = -(-n // bn) * -(-m // bm)
-            if split == 1 or tiles_ * split <= 264:
-                plans.append(Plan("gluon", bn, bm, 32, 12, stages, split, block_sums=fmt == "nf4"))
-    if fmt == "nf4":
-        plans = [p for p in plans if p.bm == 64]
+        count = -(-n // bn) * -(-m // bm)
+        for scaled in (False, True) if fmt == "absmax7_g128" else (False,):
+            if fmt == "absmax7_g128" and not scaled and bn * bm > 128 * 128:
+                continue  # no registers for two sums
+            splits = [1, *(s for s in (2, 4) if count * s <= 2 * linear.GLUON_PROCESSORS)]
+            plans += [
+                Plan("gluon", bn, bm, 32, 12, stages, split, scaled=scaled, block_sums=fmt == "nf4") for split in splits
+            ]
     if m >= 1024:
-        chunks = sorted({n, 2048} & set(range(n + 1)))
-        plans += [Plan("dequant_cublas", 0, 0, 0, 0, 0, chunk=chunk) for chunk in chunks]
+        plans.append(Plan("dequant_cublas", 0, 0, 0, 0, 0, chunk=linear.DEQUANT_CHUNK))
     return plans
 
 
@@ -119,8 +114,8 @@ def _fake_inputs(
     if plan.path == "gluon":
         from vbench.kernels.triton.linear_gluon import gluon_linear_kernel
 
-        tile = (plan.bn, plan.bm, plan.stages)
-        return gluon_linear_kernel, *gluon_call(weight, x, None, y, "bf16", "none", tile, plan.split, plan.block_sums)
+        how = (plan.bn, plan.bm, plan.stages), plan.split, plan.block_sums, plan.scaled
+        return gluon_linear_kernel, *gluon_call(weight, x, None, y, "bf16", "none", *how)
     if plan.path == "stationary":
         from vbench.kernels.triton.linear_stationary import stationary_kernel
 
@@ -179,11 +174,12 @@ def compile_all() -> int:
 
 
 def plan_name(plan: Plan) -> str:
-    """A short name: path, tile, packed width, stages, parts."""
+    """A short name: path, tile, stages, parts, warps of the fused kernel, and a letter for each switch."""
     if plan.path == "dequant_cublas":
         return f"dq{plan.chunk}"
     name = f"{plan.path[0]}{plan.bn}x{plan.bm}s{plan.stages}k{plan.split}"
-    return name + ("" if plan.block_sums else "c") + ("d" if plan.dependent else "")
+    flags = {"w": plan.walk, "x": plan.scaled, "c": not plan.block_sums, "d": plan.dependent}
+    return name + f"n{plan.warps}" * (plan.path == "fused") + "".join(letter for letter, on in flags.items() if on)
 
 
 def check_cases() -> list[str]:
@@ -193,7 +189,7 @@ def check_cases() -> list[str]:
 
     shapes = (
         (1, 200, 384), (3, 64, 4096), (8, 130, 2304), (9, 257, 1152), (16, 1024, 8192), (33, 96, 640), (64, 300, 4096),
-        (65, 128, 256), (200, 500, 896), (512, 640, 1024),
+        (65, 128, 256), (200, 500, 896), (512, 640, 1024), (24, 12800, 1152), (60, 12800, 4096),
     )  # fmt: skip
     extras = (("normal", "none", 0), ("grid", "none", 1), ("student5", "gelu", 1), ("outlier", "silu", 0),
               ("grid", "relu", 1))  # fmt: skip
@@ -399,9 +395,9 @@ def bench_cell(
         row: dict[str, Any] = {"fmt": fmt, "m": m, "n": n, "k": k, "plan": asdict(plan), "name": plan_name(plan)}
         rows.append(row)
         try:
-            rounding: tuple[str, ...] = ("bf16",) if fmt == "nf4" else ()
+            rounding: tuple[str, ...] = ("bf16",) if fmt == "nf4" else ("bf16", "bf16") if plan.scaled else ()
             if plan.path == "dequant_cublas":
-                calls = [bind_dequant(fmt, w, x, None, y, "bf16", "none", plan.chunk) for w in weights[:4]]
+                calls = [bind_dequant(fmt, w, x, y, "bf16", "none", plan.chunk) for w in weights[:4]]
                 rounding = OPERAND_ROUNDINGS[fmt, "bf16"]
             else:
                 key = (_order(plan), plan.bkw)
@@ -529,7 +525,7 @@ def bench(out: Path, seconds: float) -> None:
     print(f"checked after {time.time() - began:.0f} s", flush=True)
 
     rows: list[dict[str, Any]] = []
-    shares = {"few": 0.36, "mid": 0.25, "many": 0.39}
+    shares = {"few": 0.25, "mid": 0.27, "many": 0.48}
     left = began + seconds - time.time()
     for regime, share in shares.items():
         deadline = time.time() + left * share

@@ -83,7 +83,7 @@ class AllResident:
             needed = source.layers * source.width**2 * BF16_BYTES * (2 if train else 1)
             if needed > free:
                 raise Unsupported("does_not_fit", f"weights and gradients take {needed} bytes, {free} are free")
-        weights = [source.make(i).requires_grad_(train) for i in range(source.layers)]
+        weights = [source.decoded(i).requires_grad_(train) for i in range(source.layers)]
         empty = {name: out[name] for name in GRADIENTS}
 
         def forward() -> Mapping[str, Any]:
@@ -120,7 +120,7 @@ class DoubleBuffer:
         host: list[Tensor] = []
         for i in range(source.layers):
             home = torch.empty(shape, dtype=torch.bfloat16, pin_memory=x.is_cuda)
-            host.append(home.copy_(source.make(i)))
+            host.append(home.copy_(source.decoded(i)))
         slots = [torch.empty(shape, dtype=torch.bfloat16, device=x.device) for _ in range(SLOTS)]
         empty = {name: out[name] for name in GRADIENTS}
         last = len(host) - 1

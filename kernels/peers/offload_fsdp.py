@@ -90,7 +90,7 @@ class Fsdp:
         layers: list[nn.Linear] = []
         for i in range(source.layers):
             layer = nn.Linear(source.width, source.width, bias=False, device="meta")
-            layer.weight = nn.Parameter(source.make(i), requires_grad=train)
+            layer.weight = nn.Parameter(source.decoded(i), requires_grad=train)
             fully_shard(layer, mesh=mesh, offload_policy=policy)
             layers.append(layer)
         stack = Layers(layers)

@@ -10,6 +10,7 @@ A test double that runs both orders as late and as oddly as the rules allow chec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -41,6 +42,10 @@ class Links(Protocol):
         """Copy on the current compute stream: what a consumer of a value does."""
         ...
 
+    def beside(self, work: Callable[[], None], after: Marks) -> Marks:
+        """Run ``work``, which launches on the current stream, beside copies and compute once ``after`` is over."""
+        ...
+
     def host_wait(self, marks: Marks) -> None:
         """Block the calling thread until ``marks`` are over."""
         ...
@@ -50,7 +55,7 @@ class Links(Protocol):
         ...
 
     def drain(self) -> None:
-        """Block the calling thread until the copy stream is idle."""
+        """Block the calling thread until copies, and what ran beside, are over."""
         ...
 
 
@@ -73,6 +78,10 @@ class HostLinks:
     def compute_copy(self, to: Tensor, source: Tensor) -> None:
         to.copy_(source)
 
+    def beside(self, work: Callable[[], None], after: Marks) -> Marks:
+        work()
+        return ()
+
     def host_wait(self, marks: Marks) -> None:
         return None
 
@@ -94,6 +103,7 @@ class CudaLinks:
     def __init__(self, device: torch.device) -> None:
         cuda: Any = torch.cuda  # its constructors carry no types
         self._side = cuda.Stream(device=device)
+        self._beside = cuda.Stream(device=device)
         self._new_event = cuda.Event
         self._device = device
         self._sequence = 0
@@ -127,6 +137,14 @@ class CudaLinks:
     def compute_copy(self, to: Tensor, source: Tensor) -> None:
         to.copy_(source, non_blocking=True)
 
+    def beside(self, work: Callable[[], None], after: Marks) -> Marks:
+        for mark in after:
+            if mark.stream != self._beside.cuda_stream:
+                self._beside.wait_event(mark.event)
+        with torch.cuda.stream(self._beside):
+            work()
+        return self._mark(self._beside)
+
     def host_wait(self, marks: Marks) -> None:
         for mark in marks:
             mark.event.synchronize()
@@ -136,3 +154,4 @@ class CudaLinks:
 
     def drain(self) -> None:
         self._side.synchronize()
+        self._beside.synchronize()

@@ -9,16 +9,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vbench.backend import Device, Launch
+from vbench.backend import Device, Launch, refuse_beyond
 from vbench.errors import Unsupported
 from vbench.kernels.tiers.budget import Budget, BudgetError
 from vbench.kernels.tiers.errors import TierError
 from vbench.kernels.tiers.tiered import Tiered, tier
-from vbench.kernels.tiers.units import ALIGN_BYTES, aligned
+from vbench.kernels.tiers.units import ALIGN_BYTES, Packing, aligned
 from vbench.spec import Case, Numerics
 
 GRADIENTS = ("dx", "dw_first", "dw_middle", "dw_last")
 COUNTED = ("to_device_bytes", "to_host_bytes", "resident", "timely", "late", "miss")
+PARAMETERS = ("mode", "layers", "width", "tokens", "gpu_bytes", "codec")
 #: The op is judged bitwise.
 EXACT = Numerics()
 
@@ -31,6 +32,9 @@ class Weights(Protocol):
 
     @property
     def width(self) -> int: ...
+
+    @property
+    def codec(self) -> str: ...
 
     def make(self, layer: int) -> Tensor: ...
 
@@ -57,10 +61,11 @@ def make(case: Case, variant: str, device: Device) -> OffloadKernel:
     """Factory of the ``offload_pass`` kernel.
 
     Raises:
-        Unsupported: ``unknown_variant``.
+        Unsupported: ``unknown_variant``; ``parameter_not_taken``.
     """
     if variant:
         raise Unsupported("unknown_variant", f"offload_pass has no variant {variant!r}; leave it out")
+    refuse_beyond(case, PARAMETERS)
     return OffloadKernel(case)
 
 
@@ -97,11 +102,12 @@ def _tiered(weights: Weights, gpu_bytes: int, train: bool, device: torch.device)
         _last = None
     before = _allocated(device)
     stack = LinearStack(weights, trainable=train)
-    room = weights.layers * aligned(weights.width**2 * 2)
+    packed = Packing(weights.width, weights.width).size_bytes
+    room = weights.layers * (aligned(weights.width**2 * 2) if weights.codec == "raw" else packed)
     # Activations lie beside the budget of the op, so none are set aside.
     budget = Budget(gpu=gpu_bytes, pinned=(2 if train else 1) * room + ALIGN_BYTES, activations=0)
     try:
-        handle = tier(stack, budget=budget, device=device)
+        handle = tier(stack, budget=budget, device=device, codec=weights.codec)
     except BudgetError as error:
         raise Unsupported("over_budget", f"gpu_bytes={gpu_bytes}: {error}") from error
     held = _allocated(device) - before if device.type == "cuda" else int(handle.plan()["device_bytes"])
@@ -111,7 +117,7 @@ def _tiered(weights: Weights, gpu_bytes: int, train: bool, device: torch.device)
 
 @dataclass(frozen=True, slots=True)
 class OffloadKernel:
-    """Bitwise the same as with every weight on the device."""
+    """Bitwise the same as with every weight (decoded, where a codec is named) on the device."""
 
     case: Case
     numerics: Numerics = EXACT

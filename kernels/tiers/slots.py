@@ -53,6 +53,10 @@ class Slot:
         self.leases = 0
         self.touched = 0
         self._open: list[Any] = []
+        self.count_owners()
+
+    def count_owners(self) -> None:
+        """Whoever looks at the memory now does so for good (launches bound to it) and does not hold the slot."""
         self._alone = storage_references(self.memory_u8)
 
     @property

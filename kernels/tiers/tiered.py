@@ -16,6 +16,10 @@ Files. Frozen weights that page-locked memory has no room for lie in checksummed
 At rest their parameters are empty (``numel() == 0``: no memory stands for them, so no stale value can be read);
 ``state_dict`` reads the files, ``close`` brings the weights back into memory.
 
+Codes. With ``codec="nvfp4"`` the weights of linear layers lie and travel as 4-bit codes and are decoded on their way
+into a slot (``codec.py``); frozen ones only. At rest they are empty too, and what ``state_dict`` and ``close`` give is
+decode(encode(w)): the weight the module computed with.
+
 Threads may call the module at once; they share the slots, and a thread waits while others hold what it needs.
 """
 
@@ -36,6 +40,15 @@ from torch import Tensor, nn
 
 from vbench.errors import Unsupported
 from vbench.kernels.tiers.budget import Budget, BudgetError
+from vbench.kernels.tiers.codec import (
+    Expander,
+    TorchDecoder,
+    WeightDecoder,
+    default_decoder,
+    mark_packed,
+    restore,
+    store,
+)
 from vbench.kernels.tiers.errors import TierError
 from vbench.kernels.tiers.fileio import FileIO
 from vbench.kernels.tiers.gradients import HostGradients
@@ -59,8 +72,8 @@ class Stats:
     """What happened so far.
 
     Args:
-        resident, timely, late, miss: acquisitions of units that stay on the device, whose prefetch was over, whose
-            prefetch was still under way, and that nobody had asked for.
+        resident, timely, late, miss: acquisitions of units that stay on the device (where all do: modules with weights,
+            each pass), whose prefetch was over, whose prefetch was still under way, and that nobody had asked for.
         to_device_bytes, to_host_bytes: weights and gradients copied.
         from_file_bytes: read from files, ahead or on demand.
         prefetches: copies begun before they were asked for; ``wasted``: those overwritten unread.
@@ -122,18 +135,24 @@ class Tiered:
         reads_children: tuple[type[nn.Module], ...],
         links: tuple[Links, Links] | None,
         io: FileIO | None,
+        codec: str = "raw",
+        decoder: WeightDecoder | None = None,
     ) -> None:
         on_cuda = device.type == "cuda"
         self.module = module
         self.budget = budget
         self.device = device
         self._units, self._needs = discover(module, reads_children)
+        mark_packed(module, self._units, codec)
         self._depth = deepest(module, self._needs)
         self._slots_wanted = max(slots, self._depth + 1)
-        self._room_bytes(0)  # malformed or hopeless budgets are refused before anything moves
         if links is None:
             links = (CudaLinks(device), CudaLinks(device)) if on_cuda else (HostLinks(), HostLinks())
         self._down_links: Links = links[0]
+        if any(unit.packed for unit in self._units):
+            decoder = decoder or default_decoder(device)
+        self._expander = Expander(self._units, device, self._down_links, decoder or TorchDecoder())
+        self._room_bytes(0)  # malformed or hopeless budgets are refused before anything moves
         self._up_links: Links = links[1]
         self._changed = threading.Condition(threading.RLock())
         self._locals = threading.local()
@@ -149,17 +168,18 @@ class Tiered:
         self.stats_ = Stats()
         self._state = "open"
         self._hooks: list[Any] = []
+        self._call_hooks: list[Any] = []
         self._with_gradient: set[int] = set()
         self.activation_bytes: int | None = None
 
-        sizes = [unit.size_bytes for unit in self._units]
+        sizes = [unit.stored_bytes for unit in self._units]
         trainable = [_trains(unit) for unit in self._units]
         self._in_file = filed(sizes, trainable, budget.pinned_bytes, budget.file_bytes, BUFFERS)
         self._starts: list[int] = []
         at = 0
         for unit in self._units:
             self._starts.append(at)
-            at += 0 if self._in_file[unit.index] else unit.size_bytes
+            at += 0 if self._in_file[unit.index] else unit.stored_bytes
         activations = 0 if budget.activation_bytes == "auto" else int(budget.activation_bytes)
         self.residency = self._plan(self._room_bytes(activations), first=True)
         make_slab = pinned_slab if on_cuda else _pageable
@@ -188,19 +208,21 @@ class Tiered:
         """The placement in numbers: bytes by level, slots, and by unit its name, bytes and whether it is resident."""
         now = self.residency
         return {
-            "device_bytes": now.device_bytes,
+            "device_bytes": now.device_bytes + self._staged_bytes,
             "slots": now.slots,
             "slot_bytes": now.slot_bytes,
-            "streamed_bytes_per_pass": now.streamed_bytes,
+            "decode_staging_bytes": self._staged_bytes,
+            "streamed_bytes_per_pass": sum(u.stored_bytes for u in self._units if not now.resident[u.index]),
             "pinned_weight_bytes": self._host.memory_u8.numel(),
             "pinned_staging_bytes": self._staging_bytes,
-            "file_bytes": sum(unit.size_bytes for unit in self._units if self._in_file[unit.index]),
+            "file_bytes": sum(unit.stored_bytes for unit in self._units if self._in_file[unit.index]),
             "pinned_gradient_bytes": self._gradients.held_bytes,
             "activation_bytes": self.activation_bytes,
             "units": [
                 {
                     "name": unit.name,
                     "bytes": unit.size_bytes,
+                    "stored_bytes": unit.stored_bytes,
                     "resident": now.resident[unit.index],
                     "home": "file" if self._in_file[unit.index] else "host",
                 }
@@ -242,9 +264,9 @@ class Tiered:
                 return
             if self._holders:
                 raise TierError("close: a forward of the module is in progress on some thread; wait for it")
-            homes = {unit.index: self._read_back(unit) for unit in self._units if self._in_file[unit.index]}
+            homes = {u.index: self._read_back(u) for u in self._units if u.packed or self._in_file[u.index]}
             self._state = "closed"
-        for hook in self._hooks:
+        for hook in self._hooks + self._call_hooks:
             hook.remove()
         self._down_links.drain()
         self._up_links.drain()
@@ -259,6 +281,7 @@ class Tiered:
         self._slots.clear()
         self._slot_of.clear()
         self._by_address.clear()
+        self._expander.close()
         self._gradients.close()
         self._host.close()
         for part in self.module.modules():
@@ -275,13 +298,14 @@ class Tiered:
     # --- placing ---------------------------------------------------------------------------------------------------
 
     def _room_bytes(self, activations: int) -> int:
-        """Device bytes for weights: the budget less activations and buffers."""
+        """Device bytes for weights: the budget less activations, buffers, and staging of packed weights."""
         buffers = sum(buffer.untyped_storage().nbytes() for buffer in self.module.buffers())
-        room = self.budget.gpu_bytes - activations - buffers
+        staging = self._expander.staging_bytes
+        room = self.budget.gpu_bytes - activations - buffers - staging
         if room < 0:
             raise BudgetError(
-                f"gpu={self.budget.gpu_bytes} is {-room} bytes less than activations ({activations}) and buffers "
-                f"({buffers}) take; raise gpu"
+                f"gpu={self.budget.gpu_bytes} is {-room} bytes less than activations ({activations}), buffers "
+                f"({buffers}) and staging of packed weights ({staging}) take; raise gpu"
             )
         return room
 
@@ -298,7 +322,7 @@ class Tiered:
 
     def _host_bytes(self, unit: Unit) -> Tensor:
         start = self._starts[unit.index]
-        return self._host.memory_u8[start : start + unit.size_bytes]
+        return self._host.memory_u8[start : start + unit.stored_bytes]
 
     def _write_files(self, make_slab: Callable[[int], Slab], io: FileIO | None) -> FiledUnits:
         """Write the units that live in files. No parameter is touched yet, so a folder that fails changes nothing.
@@ -309,7 +333,7 @@ class Tiered:
         """
         if self.budget.dir is None:
             raise BudgetError(f"file={self.budget.file} needs dir, an existing folder for the files")
-        sizes = {unit.index: unit.size_bytes for unit in self._units if self._in_file[unit.index]}
+        sizes = {unit.index: unit.stored_bytes for unit in self._units if self._in_file[unit.index]}
         self._staging_bytes = BUFFERS * max(sizes.values())
         slab = make_slab(self._staging_bytes)
         try:
@@ -320,23 +344,26 @@ class Tiered:
         try:
             for unit in self._units:
                 if self._in_file[unit.index]:
-                    files.write(unit.index, unit.name, partial(_gather, unit))
+                    files.write(unit.index, unit.name, partial(store, unit, device=self.device))
         except BaseException:
             files.close()
             raise
         return files
 
     def _read_back(self, unit: Unit) -> Tensor:
-        """A unit from its file, verified, in ordinary memory."""
-        assert self._files is not None
-        memory_u8 = torch.empty(unit.size_bytes, dtype=torch.uint8)
-        self._files.read_into(unit.index, memory_u8)
-        return memory_u8
+        """A unit from where it is stored, verified if that is a file, decoded, in ordinary memory."""
+        stored_u8 = torch.empty(unit.stored_bytes, dtype=torch.uint8)
+        if self._in_file[unit.index]:
+            assert self._files is not None
+            self._files.read_into(unit.index, stored_u8)
+        else:
+            stored_u8.copy_(self._host_bytes(unit))
+        return restore(unit, stored_u8) if unit.packed else stored_u8
 
     def _move_to_host(self, unit: Unit) -> None:
         in_file = self._in_file[unit.index]
         if not in_file:
-            _gather(unit, self._host_bytes(unit))
+            store(unit, self._host_bytes(unit), self.device)
         for view, host in self._at_rest(unit):
             gradient = view.parameter.grad
             view.parameter.grad = None
@@ -345,10 +372,16 @@ class Tiered:
                 view.parameter.grad = gradient.to("cpu" if self.device.type == "cuda" else self.device)
 
     def _at_rest(self, unit: Unit) -> list[tuple[View, Tensor]]:
-        """What each parameter looks at while nobody runs: its host copy, or nothing where it lies in a file."""
-        if self._in_file[unit.index]:
-            return [(view, torch.empty(0, dtype=view.dtype)) for piece in unit.pieces for view in piece.views]
-        return unit.views(self._host_bytes(unit))
+        """What each parameter looks at while nobody runs: its host copy, or nothing where that is a file or codes."""
+        rest: list[tuple[View, Tensor]] = []
+        for piece in unit.pieces:
+            for view in piece.views:
+                if self._in_file[unit.index] or piece.packing is not None:
+                    rest.append((view, torch.empty(0, dtype=view.dtype)))
+                else:
+                    stored_u8 = self._host_bytes(unit)[piece.stored_start : piece.stored_start + piece.stored_bytes]
+                    rest.append((view, view.over(stored_u8)))
+        return rest
 
     def _source(self, unit: Unit) -> Tensor:
         """The unit's bytes in host memory; from a file this waits for its read. ``_copied`` must follow the copy."""
@@ -371,15 +404,31 @@ class Tiered:
         self._slots = [Slot(residency.slot_bytes, self.device) for _ in range(residency.slots)]
         self._slot_of.clear()
         self._by_address = {slot.memory_u8.untyped_storage().data_ptr(): slot for slot in self._slots}
+        self._expander.close()  # its launches were bound to the slots of before
+        self._expander.open()
+        streamed = [unit for unit in self._units if unit.packed and not residency.resident[unit.index]]
+        self._expander.prepare(streamed, [slot.memory_u8 for slot in self._slots])
+        for slot in self._slots:
+            slot.count_owners()
+            slot.used = self._down_links.compute_mark(self._down_links.compute_stream())
         for unit in self._units:
             if residency.resident[unit.index]:
                 device_u8 = torch.empty(unit.size_bytes, dtype=torch.uint8, device=self.device)
-                device_u8.copy_(self._source(unit))
-                self._copied(unit, ())  # a plain copy is over when it returns
+                if unit.packed:
+                    self._expander.prepare([unit], [device_u8])
+                    self._down_links.host_wait(self._expander.bring(unit, device_u8, self._source(unit), ()))
+                    self._expander.forget(device_u8)
+                else:
+                    device_u8.copy_(self._source(unit))
+                self._copied(unit, ())  # the copy is over by now
                 for view, there in unit.views(device_u8):
                     _point(view.parameter, there)
                     if view.parameter.grad is not None and view.parameter.grad.device != self.device:
                         view.parameter.grad = view.parameter.grad.to(self.device)
+        if not residency.slots:
+            self._expander.close()
+        self._staged_bytes = self._expander.staging_bytes if residency.slots else 0
+        self._attach_calls()
 
     # --- hooks -----------------------------------------------------------------------------------------------------
 
@@ -387,18 +436,32 @@ class Tiered:
         add = self._hooks.append
         add(self.module.register_forward_pre_hook(self._enter_pass, prepend=True))
         add(self.module.register_forward_hook(self._leave_pass, always_call=True))
-        if any(self._in_file):
+        if any(self._in_file) or any(unit.packed for unit in self._units):
             parts: Any = self.module.modules()  # the registration methods of state dicts carry no types
             for submodule in parts:
                 add(submodule.register_state_dict_post_hook(partial(self._fill_state_dict)))
                 add(submodule.register_load_state_dict_pre_hook(self._refuse_to_load))
-        for submodule, units in self._needs.items():
-            add(submodule.register_forward_pre_hook(self._enter(units)))
-            add(submodule.register_forward_hook(self._leave, always_call=True, prepend=True))
+
+    def _attach_calls(self) -> None:
+        """Hooks around every module that has weights, as long as any of them streams: torch's price for a pair is more
+        than a small layer's launch."""
+        for hook in self._call_hooks:
+            hook.remove()
+        self._call_hooks.clear()
+        for submodule, units in self._needs.items() if self.residency.slots else ():
+            self._call_hooks.append(submodule.register_forward_pre_hook(self._enter(units)))
+            leave = submodule.register_forward_hook(self._leave, always_call=True, prepend=True)
+            self._call_hooks.append(leave)
 
     def _attach_gradients(self) -> None:
         """Hooks on every parameter that wants a gradient by now; freezing and unfreezing between passes is allowed."""
         for unit in self._units:
+            for piece in unit.pieces:
+                if piece.packing is not None and piece.views[0].parameter.requires_grad:
+                    raise Unsupported(
+                        "codec_trainable",
+                        f"a weight of {unit.name} was unfrozen, and codes have no gradient; close(), and tier it raw",
+                    )
             for parameter in unit.parameters:
                 if parameter.requires_grad and self._in_file[unit.index]:
                     raise BudgetError(
@@ -414,11 +477,11 @@ class Tiered:
                     self._hooks.append(tensor.register_post_accumulate_grad_hook(after))
 
     def _fill_state_dict(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        """Put what lies in files into a state dict, each unit read and verified."""
+        """Put what lies in files or as codes into a state dict, each unit read, verified and decoded."""
         own = [(prefix + name, parameter) for name, parameter in module._parameters.items() if parameter is not None]
         for unit in self._units:
             wanted = [(key, p) for key, p in own if any(p is known for known in unit.parameters) and key in state]
-            if self._in_file[unit.index] and wanted:
+            if (unit.packed or self._in_file[unit.index]) and wanted:
                 with self._changed:
                     views = unit.views(self._read_back(unit))
                 state.update({key: value for key, p in wanted for view, value in views if view.parameter is p})
@@ -426,8 +489,10 @@ class Tiered:
     def _refuse_to_load(self, module: nn.Module, state: Any, prefix: str, *others: Any) -> None:
         for unit in self._units:
             for parameter in module._parameters.values():
-                if self._in_file[unit.index] and any(parameter is known for known in unit.parameters):
-                    raise TierError(f"{unit.name} lies in a file; close() the tiers, load, and tier the module again")
+                away = unit.packed or self._in_file[unit.index]
+                if away and any(parameter is known for known in unit.parameters):
+                    where = "in a file" if self._in_file[unit.index] else "there as codes"
+                    raise TierError(f"{unit.name} lies {where}; close() the tiers, load, and tier the module again")
 
     def _is_streamed(self, unit: Unit) -> Callable[[], bool]:
         return lambda: not self.residency.resident[unit.index]
@@ -453,6 +518,8 @@ class Tiered:
                     self._measure()
             before = self._records.get(kind)
             mine.order = self._records[kind] = Order(before.happened if before is not None else ())
+            if not self.residency.slots:
+                self.stats_.resident += len(self._needs)
             # What the slots hold may be older than the host copies by now.
             for unit, slot in list(self._slot_of.items()):
                 if slot.leases == 0 and slot.idle:
@@ -467,6 +534,8 @@ class Tiered:
     def _enter(self, units: tuple[int, ...]) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, arguments: Any) -> None:
             mine = self._mine
+            if not self.residency.slots:
+                return  # this hook was taken off in the call it still runs in
             if mine.order is None:
                 mine.order = Order()  # a submodule called by itself: nothing to go by
                 self._attach_gradients()
@@ -550,11 +619,13 @@ class Tiered:
             self._changed.notify_all()
 
     def _still_ours(self, parameter: nn.Parameter, index: int) -> None:
-        start = self._host_bytes(self._units[index]).data_ptr()
-        if self._in_file[index]:
+        unit = self._units[index]
+        start = self._host_bytes(unit).data_ptr()
+        packed = any(p.packing is not None and p.views[0].parameter is parameter for p in unit.pieces)
+        if packed or self._in_file[index]:
             same = parameter.numel() == 0
         else:
-            same = start <= parameter.data_ptr() < start + self._units[index].size_bytes
+            same = start <= parameter.data_ptr() < start + unit.stored_bytes
         if not same:
             raise TierError(
                 f"a parameter of {self._units[index].name} was given new data (by .to(), .half() or .data=) while "
@@ -586,13 +657,17 @@ class Tiered:
         if slot.occupant is not None:
             del self._slot_of[slot.occupant]
         after = slot.settle(self._down_links)
-        slot.ready = self._down_links.copy(slot.memory_u8[: unit.size_bytes], source_u8, after)
+        if unit.packed:
+            # What was to arrive in the slot may still be on its way there by the other stream.
+            slot.ready = self._expander.bring(unit, slot.memory_u8, source_u8, join(after, slot.ready))
+        else:
+            slot.ready = self._down_links.copy(slot.memory_u8[: unit.size_bytes], source_u8, join(after, slot.ready))
         self._copied(unit, slot.ready)
         slot.used = ()
         slot.occupant = index
         slot.touched = -1
         self._slot_of[index] = slot
-        self.stats_.to_device_bytes += unit.size_bytes
+        self.stats_.to_device_bytes += unit.stored_bytes
 
     def _place(self, index: int, order: Order, *, waits: bool) -> Slot:
         """A slot for a unit that is needed now: an empty one, else the one whose unit is needed last."""
@@ -725,7 +800,7 @@ class Tiered:
         if any(not slot.idle for slot in self._slots):
             return  # a graph is still alive: its saved weights must stay where they are said to be
         peak = torch.cuda.max_memory_allocated(self.device)
-        activations = self.activation_bytes = max(0, peak - self.residency.device_bytes)
+        activations = self.activation_bytes = max(0, peak - self.residency.device_bytes - self._staged_bytes)
         self._down_links.drain()
         self._slots.clear()
         self._slot_of.clear()
@@ -772,14 +847,6 @@ def _trains(unit: Unit) -> bool:
     return any(parameter.requires_grad for parameter in unit.parameters)
 
 
-def _gather(unit: Unit, unit_u8: Tensor) -> None:
-    """Copy the unit's storages from where they are now into ``unit_u8``."""
-    for piece in unit.pieces:
-        source: Any = piece.views[0].parameter.untyped_storage()
-        old_u8 = torch.empty(0, dtype=torch.uint8, device=source.device).set_(source)
-        unit_u8[piece.start : piece.start + piece.size_bytes].copy_(old_u8)
-
-
 def _pageable(size_bytes: int) -> Slab:
     return plain_slab(size_bytes, torch.device("cpu"))
 
@@ -791,6 +858,8 @@ def tier(
     device: torch.device | str = "cuda",
     slots: int = 2,
     reads_children: tuple[type[nn.Module], ...] = (),
+    codec: str = "raw",
+    decoder: WeightDecoder | None = None,
     links: tuple[Links, Links] | None = None,
     io: FileIO | None = None,
 ) -> Tiered:
@@ -803,6 +872,10 @@ def tier(
         slots: streamed units share at least this many places; raised where calls nest.
         reads_children: classes of submodules whose forward uses parameters of their children without calling them;
             torch's own are known.
+        codec: ``nvfp4`` stores and moves the frozen weights of linear layers as 4-bit codes. Lossy: the module computes
+            with decode(encode(w)), and so it is left. Weights that are no linear layer's, or tied to such, stay raw;
+            ``plan`` tells each unit's ``stored_bytes``.
+        decoder: of codes on the device; Triton's kernel on a GPU and plain torch elsewhere by default.
         links: stand-ins for tests: to the device, and back.
         io: stand-in for tests: the system calls of the files.
 
@@ -813,14 +886,16 @@ def tier(
         BudgetError: too small, by how many bytes, and which knob.
         FolderBusyError, TierIOError: the folder of ``budget.dir`` is in use, or refuses; nothing has moved.
         TierError: the module, or a part of it, is tiered already.
-        Unsupported: parameters that cannot be moved as bytes, or a torch without what this needs.
+        Unsupported: parameters that cannot be moved as bytes, or a torch without what this needs; and of a codec
+            ``unknown_codec``, ``codec_trainable``, ``codec_shape``, ``codec_dtype``, ``nonfinite_weight``,
+            ``no_decoder``.
     """
     storage_references(torch.empty(1, dtype=torch.uint8))
     _outer_hooks()
     for part in module.modules():
         if part in _tiered:
             raise TierError(f"{type(part).__name__} is tiered already; close() its handle first")
-    handle = Tiered(module, budget, torch.device(device), slots, reads_children, links, io)
+    handle = Tiered(module, budget, torch.device(device), slots, reads_children, links, io, codec, decoder)
     for part in module.modules():
         _tiered[part] = handle
     return handle

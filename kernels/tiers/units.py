@@ -38,23 +38,67 @@ class View:
         return typed.as_strided(self.shape, self.stride, typed.storage_offset() + self.offset)
 
 
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """A weight [n, k] stored as nvfp4: codes, then a scale per 16 along k, then the global scale."""
+
+    n: int
+    k: int
+
+    @property
+    def starts(self) -> tuple[int, int, int]:
+        """Where codes, scales and the global scale begin."""
+        scales = aligned(self.n * self.k // 2)
+        return 0, scales, scales + aligned(self.n * self.k // 16)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.starts[-1] + ALIGN_BYTES
+
+
 @dataclass(slots=True)
 class Piece:
-    """One storage: its bytes, where it starts in its unit, and every parameter that looks at it."""
+    """One storage: its bytes, where it starts in its unit, and every parameter that looks at it.
+
+    ``packing``: how it is stored below the device, ``None`` for as it is; ``stored_start``: where in the stored unit.
+    """
 
     size_bytes: int
     start: int
     views: list[View] = field(default_factory=list)
+    packing: Packing | None = None
+    stored_start: int = 0
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.size_bytes if self.packing is None else self.packing.size_bytes
 
 
 @dataclass(slots=True)
 class Unit:
-    """Storages that move together. ``size_bytes`` counts the padding between them."""
+    """Storages that move together.
+
+    ``size_bytes`` on the device and ``stored_bytes`` below it count the padding between them; they differ where a piece
+    is packed.
+    """
 
     index: int
     name: str
     pieces: list[Piece] = field(default_factory=list)
     size_bytes: int = 0
+    stored_bytes: int = 0
+
+    @property
+    def packed(self) -> bool:
+        """Whether any piece is stored in another form than it has on the device."""
+        return any(piece.packing is not None for piece in self.pieces)
+
+    def lay_out(self) -> None:
+        """Place the pieces in the stored unit; to be called again once packings are chosen."""
+        self.stored_bytes = 0
+        for piece in self.pieces:
+            piece.stored_start = self.stored_bytes
+            self.stored_bytes = aligned(self.stored_bytes + piece.stored_bytes)
 
     def views(self, unit_u8: Tensor) -> list[tuple[View, Tensor]]:
         """Each parameter's view over the unit's bytes (uint8 vector of at least ``size_bytes``)."""
@@ -126,6 +170,7 @@ def discover(
                 needed.append(owner)
         if unit.pieces:
             unit.size_bytes = aligned(unit.size_bytes)
+            unit.lay_out()
             units.append(unit)
         if needed:
             needs[submodule] = tuple(needed)

@@ -67,8 +67,8 @@ def _compile_products(dtype: str, d: int, tile: GluonBackwardTile, causal: bool,
     if deterministic:
         blocks["dq_desc"] = blocks["dk_desc"]
     else:
-        blocks["dq_desc"] = ("fp32", [32, 128], 0) if tile.flat else ("fp32", [64, 64], 128)
-    constants |= {"COMPUTE_DQ": not deterministic, "EARLY": tile.early, "FLAT": tile.flat, "ROTATE": tile.rotate}
+        blocks["dq_desc"] = ("fp32", [32, 128], 0)
+    constants |= {"COMPUTE_DQ": not deterministic, "EARLY": tile.early}
     return _compile(attention_backward_pair_hopper, blocks, constants, 4)
 
 
@@ -81,13 +81,12 @@ def _compile_dq(dtype: str, d: int, keys: int, stages: int, causal: bool) -> Cub
     return _compile(attention_backward_dq_hopper, blocks, constants, 4)
 
 
-def _compile_finish(dtype: str, d: int, flat: bool) -> Cubin:
+def _compile_finish(dtype: str, d: int) -> Cubin:
     from vbench.kernels.triton.attention_backward_finish import finish_dq
 
     types = {"sums_ptr": POINTERS["fp32"], "dq_ptr": POINTERS[dtype], "scale": "fp32"}
     strides = ("stride_qb", "stride_qh", "stride_qs")
-    constants = {"D": d, "FLAT": flat}
-    return cubin(compile_kernel(finish_dq, 90, types=types, constants=constants, divisible=strides, num_warps=4))
+    return cubin(compile_kernel(finish_dq, 90, types=types, constants={"D": d}, divisible=strides, num_warps=4))
 
 
 def _compile_rows(dtype: str, d: int) -> Cubin:
@@ -119,8 +118,6 @@ def products(
             "block_m": tile.block_m,
             "q_stages": tile.q_stages,
             "early": int(tile.early),
-            "flat": int(tile.flat),
-            "rotate": int(tile.rotate),
             "causal": int(causal),
             "dq": int(not deterministic),
         },
@@ -175,12 +172,9 @@ def configurations() -> Iterator[Configuration]:
                 sampled = dtype == "bf16" and causal == (d == 64)
                 for deterministic, table in ((False, TILES), (True, DETERMINISTIC_TILES)):
                     for index, tile in enumerate(table[d]):
-                        if causal and tile.rotate:
-                            continue
                         effort: Effort = "quick" if sampled and index == 0 else "standard"
                         yield products(dtype, d, tile, causal=causal, deterministic=deterministic, effort=effort)
                 yield dq(dtype, d, causal=causal, effort="quick" if sampled and d == 128 else "standard")
             around: Effort = "quick" if (dtype, d) == ("bf16", 128) else "standard"
             yield _around("prepare_rows", dtype, d, partial(_compile_rows, dtype, d), around)
-            for flat in sorted({tile.flat for tile in TILES[d]}):
-                yield _around("finish_dq", dtype, d, partial(_compile_finish, dtype, d, flat), around, flat=int(flat))
+            yield _around("finish_dq", dtype, d, partial(_compile_finish, dtype, d), around)

@@ -32,30 +32,20 @@ class GluonBackwardTile:
     Args:
         block_m: queries of a step, 64 or 128. q_stages: tiles of Q in shared memory, at least 3.
         consumers: 0, eight warps copy and multiply, without dQ; 2, a producer and two partitions of four.
-        early, flat, rotate: with two consumers, see attention_backward_gluon_pair.py.
+        early: with two consumers, see attention_backward_gluon_pair.py.
     """
 
     block_m: int
     q_stages: int
     consumers: int
     early: bool = False
-    flat: bool = False
-    rotate: bool = False
 
 
 #: Candidates by head dim, the first in use (docs/tuning/attention.md, Backward on Hopper): what ptxas compiles without
 #: running every wgmma by itself.
 TILES = {
-    d: tuple(
-        GluonBackwardTile(block_m, 3, 2, early=early, flat=flat, rotate=rotate)
-        for early, flat, rotate in (
-            (False, False, False),
-            (False, True, False),
-            (True, True, False),
-            (True, True, True),
-        )
-    )
-    for d, block_m in ((64, 128), (128, 64))
+    64: (GluonBackwardTile(128, 3, 2, early=True), GluonBackwardTile(128, 3, 2)),
+    128: (GluonBackwardTile(64, 3, 2), GluonBackwardTile(64, 3, 2, early=True)),
 }
 #: The same without dQ, for the deterministic variant. ptxas runs two consumers at head dim 64 one wgmma at a time.
 DETERMINISTIC_TILES = {64: (GluonBackwardTile(128, 3, 0),), 128: (GluonBackwardTile(64, 3, 2),)}
@@ -146,9 +136,9 @@ class GluonBackward:
         sums, sums_desc = stats, dk_desc
         if not self.deterministic:
             sums = torch.empty((heads * padded, shape.d), dtype=torch.float32, device=q.device)
-            walked = sums.view(-1, 128) if tile.flat else sums
-            block = [32, 128] if tile.flat else [64, 64]
-            of_sums = gl.NVMMASharedLayout(0 if tile.flat else 128, element_bitwidth=32, rank=2)
+            walked = sums.view(-1, 128)
+            block = [32, 128]
+            of_sums = gl.NVMMASharedLayout(0, element_bitwidth=32, rank=2)
             sums_desc = TensorDescriptor(walked, list(walked.shape), list(walked.stride()), block, of_sums)
         descriptors = (
             describe(q, tile.block_m),
@@ -174,8 +164,6 @@ class GluonBackward:
             constants |= {
                 "COMPUTE_DQ": not self.deterministic,
                 "EARLY": tile.early,
-                "FLAT": tile.flat,
-                "ROTATE": tile.rotate,
                 # The producer's; the consumers' are asked for in the kernel.
                 "num_warps": 4,
             }
@@ -216,7 +204,7 @@ class GluonBackward:
                     *dq_descriptors, *stats, shape.exponent_scale, scale, *sizes, **dq_constants, num_warps=4
                 )
                 return
-            finish_dq[finish_grid](*after, D=shape.d, FLAT=tile.flat, num_warps=4)
+            finish_dq[finish_grid](*after, D=shape.d, num_warps=4)
 
         return prepare, multiply, finish
 

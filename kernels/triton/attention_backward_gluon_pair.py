@@ -10,14 +10,11 @@ dS is double-buffered, and then one barrier a tile is enough: who has seen both 
 dS(j), hence finished dQ(j - 1), hence read the buffer that dS(j + 1) goes to. dK, which needs nothing of the other, is
 issued before that barrier.
 
-Three constants, each right or wrong by itself:
+The workspace of dQ holds panels of 64 x 64 in the order of the accumulator's registers (attention_backward_finish puts
+them back), so that they go to shared memory in 16-byte stores without bank conflicts.
 
 EARLY: dS(j) is announced under dV(j), where the step that made it ends, instead of after dV(j), where the next begins
     (and where ptxas waits for dV(j) before it even works dS(j) out). It is carried around the loop in 16 bits.
-FLAT: the workspace of dQ holds panels of 64 x 64 in the order of the accumulator's registers (attention_backward_finish
-    puts them back), so that they go to shared memory in 16-byte stores without bank conflicts.
-ROTATE: program i of a head begins its walk i / programs of the way through the queries and wraps around, so that
-    programs that run together add to different rows of dQ. Not with a causal mask, where walks differ anyway.
 """
 
 from __future__ import annotations
@@ -58,7 +55,7 @@ FLAT_LAYOUT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [5, 4, 3, 2, 1, 0]))
 def _produce(
     q_desc, k_desc, v_desc, do_desc, stats_desc, q_smem, kv_smem, do_smem, stats_smem,
     k_full, v_full, q_full, q_empty, do_full, do_empty,
-    batch, kv_head, first_key, first, start, tiles, hq, per_kv,
+    batch, kv_head, first_key, first, tiles, hq, per_kv,
     BLOCK_M: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Everything the consumers read, in the order they read it."""
@@ -67,7 +64,7 @@ def _produce(
         row = first_key + worker * KEYS
         tma.async_copy_global_to_shared(k_desc, [batch, kv_head, row, 0], k_full, kv_smem.index(worker))
     head = kv_head * per_kv
-    block = start
+    block = first
     for j in range(per_kv * tiles):
         mbarrier.wait(q_empty.index(j % Q_STAGES), ((j // Q_STAGES) & 1) ^ 1)
         _load_q(q_desc, q_smem, q_full, j, batch, head, block, BLOCK_M, Q_STAGES, True)
@@ -78,16 +75,14 @@ def _produce(
                 tma.async_copy_global_to_shared(v_desc, [batch, kv_head, row, 0], v_full, kv_smem.index(2 + worker))
         mbarrier.wait(do_empty.index(j % DO_STAGES), ((j // DO_STAGES) & 1) ^ 1)
         _load_do(do_desc, stats_desc, do_smem, stats_smem, do_full, j, batch, head, hq, block, BLOCK_M, DO_STAGES, True)
-        head, block = _turn(head, block, first, start, first + tiles)
+        head, block = _turn(head, block, first, first + tiles)
 
 
 @gluon.jit
-def _turn(head, block, first, start, end):
-    """The tile after (head, block) in a walk that begins at ``start``, wraps to ``first`` before ``end``, and goes on
-    at ``start`` with the next head."""
+def _turn(head, block, first, end):
+    """The tile after (head, block) in a walk of tiles [first, end) of one head after another."""
     following = block + 1
-    following = gl.where(following == end, first, following)
-    return gl.where(following == start, head + 1, head), following
+    return gl.where(following == end, head + 1, head), gl.where(following == end, first, following)
 
 
 @gluon.jit
@@ -136,7 +131,7 @@ def _issue_gradients(
 @gluon.jit
 def _add_dq(
     dq, outstanding: gl.constexpr, row, dq_desc, dq_smem,
-    D: gl.constexpr, COMPUTE_DQ: gl.constexpr, FLAT: gl.constexpr, WORKER: gl.constexpr,
+    D: gl.constexpr, COMPUTE_DQ: gl.constexpr, WORKER: gl.constexpr,
 ):  # fmt: skip
     """This consumer's half of dQ to the workspace; ``outstanding`` groups were issued after it. Always a barrier.
 
@@ -145,23 +140,15 @@ def _add_dq(
     if COMPUTE_DQ:
         dq = warpgroup_mma_wait(num_outstanding=outstanding, deps=[dq])
         half = dq_smem.index(WORKER)
-        if FLAT:
-            # Row = 16 warp + 8 half + lane / 4, column = 8 group + 2 (lane % 4) + one: a thread's four values of a
-            # group become neighbours, then its lanes, then the warps.
-            parts = dq.reshape([4, 2, 8, 8, 4, 2]).permute((3, 0, 2, 4, 1, 5))
-            half._reinterpret(gl.float32, [8, 4, 8, 4, 2, 2], FLAT_LAYOUT).store(parts)
-        else:
-            half.store(dq)
+        # Row = 16 warp + 8 half + lane / 4, column = 8 group + 2 (lane % 4) + one: a thread's four values of a group
+        # become neighbours, then its lanes, then the warps.
+        parts = dq.reshape([4, 2, 8, 8, 4, 2]).permute((3, 0, 2, 4, 1, 5))
+        half._reinterpret(gl.float32, [8, 4, 8, 4, 2, 2], FLAT_LAYOUT).store(parts)
         fence_async_shared()
         partition_barrier()
-        if FLAT:
-            # A panel of 64 x 64 is 32 rows of 128 floats.
-            panel = row // PANEL * (D // PANEL) + WORKER
-            _reduce_add(dq_desc, [panel * 32, 0], half._reinterpret(gl.float32, [32, 128], dq_desc.layout))
-        elif D == 128:
-            _reduce_add(dq_desc, [row, WORKER * PANEL], half)
-        else:
-            _reduce_add(dq_desc, [row + WORKER * PANEL, 0], half)
+        # A panel of 64 x 64 is 32 rows of 128 floats.
+        panel = row // PANEL * (D // PANEL) + WORKER
+        _reduce_add(dq_desc, [panel * 32, 0], half._reinterpret(gl.float32, [32, 128], dq_desc.layout))
     else:
         partition_barrier()
 
@@ -171,9 +158,9 @@ def _step(
     j, head, block, ds, dk, dv,
     dq_desc, q_smem, kv_smem, do_smem, stats_smem, ds_smem, dq_smem,
     q_full, q_empty, do_full, do_empty, ds_full,
-    exponent_scale, batch, first_key, first, start, tiles, hq, sk, sq_padded, shift,
+    exponent_scale, batch, first_key, first, tiles, hq, sk, sq_padded, shift,
     D: gl.constexpr, BLOCK_M: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    COMPUTE_DQ: gl.constexpr, EARLY: gl.constexpr, FLAT: gl.constexpr,
+    COMPUTE_DQ: gl.constexpr, EARLY: gl.constexpr,
     S_LAYOUT: gl.constexpr, KV_LAYOUT: gl.constexpr, DQ_LAYOUT: gl.constexpr, WORKER: gl.constexpr,
 ):  # fmt: skip
     """From dS^T(j) to dS^T(j + 1)."""
@@ -186,12 +173,12 @@ def _step(
     )  # fmt: skip
     s = _issue_scores(j + 1, k, q_smem, q_full, S_LAYOUT, D, BLOCK_M, Q_STAGES)
     row = (batch * hq + head) * sq_padded + block * BLOCK_M
-    _add_dq(dq, 1, row, dq_desc, dq_smem, D, COMPUTE_DQ, FLAT, WORKER)
+    _add_dq(dq, 1, row, dq_desc, dq_smem, D, COMPUTE_DQ, WORKER)
     # Every thread has passed a barrier since dV(j), and since the last step's S(j), hence dK(j - 1), were done.
     if j > 0:
         mbarrier.arrive(q_empty.index((j - 1) % Q_STAGES), count=1)
     mbarrier.arrive(do_empty.index(j % DO_STAGES), count=1)
-    head, block = _turn(head, block, first, start, first + tiles)
+    head, block = _turn(head, block, first, first + tiles)
     ds, dv = _weigh(
         j + 1, s, dv, block * BLOCK_M, v, do_smem, stats_smem, do_full, exponent_scale, first_key, sk, shift,
         D, BLOCK_M, DO_STAGES, CAUSAL, KV_LAYOUT,
@@ -208,9 +195,9 @@ def _step(
 def _consume(
     dq_desc, dk_desc, dv_desc, q_smem, kv_smem, do_smem, stats_smem, ds_smem, dq_smem,
     k_full, v_full, q_full, q_empty, do_full, do_empty, ds_full,
-    exponent_scale, scale, batch, kv_head, first_key, first, start, tiles, hq, per_kv, sk, sq_padded, shift,
+    exponent_scale, scale, batch, kv_head, first_key, first, tiles, hq, per_kv, sk, sq_padded, shift,
     D: gl.constexpr, BLOCK_M: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, COMPUTE_DQ: gl.constexpr, EARLY: gl.constexpr, FLAT: gl.constexpr, WORKER: gl.constexpr,
+    CAUSAL: gl.constexpr, COMPUTE_DQ: gl.constexpr, EARLY: gl.constexpr, WORKER: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 keys."""
     dtype: gl.constexpr = q_smem.dtype
@@ -221,7 +208,7 @@ def _consume(
     # At least 1.
     total = per_kv * tiles
     head = kv_head * per_kv
-    block = start
+    block = first
     kv_zeros = gl.zeros([KEYS, D], gl.float32, KV_LAYOUT)
     dk = warpgroup_mma_init(kv_zeros)
     dv = warpgroup_mma_init(kv_zeros)
@@ -241,15 +228,15 @@ def _consume(
             j, head, block, ds, dk, dv,
             dq_desc, q_smem, kv_smem, do_smem, stats_smem, ds_smem, dq_smem,
             q_full, q_empty, do_full, do_empty, ds_full,
-            exponent_scale, batch, first_key, first, start, tiles, hq, sk, sq_padded, shift,
-            D, BLOCK_M, Q_STAGES, DO_STAGES, CAUSAL, COMPUTE_DQ, EARLY, FLAT, S_LAYOUT, KV_LAYOUT, DQ_LAYOUT, WORKER,
+            exponent_scale, batch, first_key, first, tiles, hq, sk, sq_padded, shift,
+            D, BLOCK_M, Q_STAGES, DO_STAGES, CAUSAL, COMPUTE_DQ, EARLY, S_LAYOUT, KV_LAYOUT, DQ_LAYOUT, WORKER,
         )  # fmt: skip
     dq, dk = _issue_gradients(
         total - 1, 0, ds, dk, q_smem, kv_smem, ds_smem, ds_full,
         D, BLOCK_M, Q_STAGES, COMPUTE_DQ, EARLY, KV_LAYOUT, DQ_LAYOUT, WORKER,
     )  # fmt: skip
     row = (batch * hq + head) * sq_padded + block * BLOCK_M
-    _add_dq(dq, 0, row, dq_desc, dq_smem, D, COMPUTE_DQ, FLAT, WORKER)
+    _add_dq(dq, 0, row, dq_desc, dq_smem, D, COMPUTE_DQ, WORKER)
     dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=[dk, dv])
     # This consumer alone reads its V, and has for the last time; its K the other may still read. dV and dK take turns.
     v_block = kv_smem.index(2 + WORKER)
@@ -274,18 +261,17 @@ def attention_backward_pair_hopper(
     q_desc, k_desc, v_desc, do_desc, stats_desc, dq_desc, dk_desc, dv_desc,
     exponent_scale, scale, hq, hk, sq, sk, sq_padded, shift,
     D: gl.constexpr, BLOCK_M: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, COMPUTE_DQ: gl.constexpr, EARLY: gl.constexpr, FLAT: gl.constexpr, ROTATE: gl.constexpr,
+    CAUSAL: gl.constexpr, COMPUTE_DQ: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """dK, dV and the sums of dQ as ``attention_backward_hopper`` has them, but K, V, dK and dV move in blocks
     [1, 1, 64, D].
 
     Args:
-        dq_desc: of float32 [b * hq * sq_padded, D], zero before the launch, block [64, 64] with the 128-byte swizzle.
-            FLAT, of the same memory as [b * hq * sq_padded * D / 128, 128], block [32, 128], no swizzle: panel
-            (rows / 64, columns / 64) after panel, each in the order that ``attention_backward_finish`` reads. Unscaled
-            sums. Any descriptor, unused, without COMPUTE_DQ.
+        dq_desc: of float32 [b * hq * sq_padded * D / 128, 128], zero before the launch, block [32, 128], no swizzle:
+            panel (rows / 64, columns / 64) after panel, each in the order that ``attention_backward_finish`` reads.
+            Unscaled sums. Any descriptor, unused, without COMPUTE_DQ.
         sq_padded: sq rounded up to BLOCK_M.
-        EARLY, FLAT, ROTATE: see above.
+        EARLY: see above.
     """
     gl.static_assert((D == 128 and BLOCK_M == 64) or (D == 64 and BLOCK_M == 128), "dQ has two halves of 64 x 64")
     dtype: gl.constexpr = q_desc.dtype
@@ -324,25 +310,22 @@ def attention_backward_pair_hopper(
     kv_head = gl.program_id(0) // key_blocks % hk
     per_kv = hq // hk
     first, tiles = _range_of_tiles(first_key, sq, shift, CAUSAL, BLOCK_M)
-    start = first
-    if ROTATE and not CAUSAL:
-        start = first + (gl.program_id(0) % key_blocks) * tiles // key_blocks
     gl.warp_specialize([
         (_produce, (
             q_desc, k_desc, v_desc, do_desc, stats_desc, q_smem, kv_smem, do_smem, stats_smem,
             k_full, v_full, q_full, q_empty, do_full, do_empty,
-            batch, kv_head, first_key, first, start, tiles, hq, per_kv, BLOCK_M, Q_STAGES, DO_STAGES,
+            batch, kv_head, first_key, first, tiles, hq, per_kv, BLOCK_M, Q_STAGES, DO_STAGES,
         )),
         (_consume, (
             dq_desc, dk_desc, dv_desc, q_smem, kv_smem, do_smem, stats_smem, ds_smem, dq_smem,
             k_full, v_full, q_full, q_empty, do_full, do_empty, ds_full,
-            exponent_scale, scale, batch, kv_head, first_key, first, start, tiles, hq, per_kv, sk, sq_padded, shift,
-            D, BLOCK_M, Q_STAGES, DO_STAGES, CAUSAL, COMPUTE_DQ, EARLY, FLAT, 0,
+            exponent_scale, scale, batch, kv_head, first_key, first, tiles, hq, per_kv, sk, sq_padded, shift,
+            D, BLOCK_M, Q_STAGES, DO_STAGES, CAUSAL, COMPUTE_DQ, EARLY, 0,
         )),
         (_consume, (
             dq_desc, dk_desc, dv_desc, q_smem, kv_smem, do_smem, stats_smem, ds_smem, dq_smem,
             k_full, v_full, q_full, q_empty, do_full, do_empty, ds_full,
-            exponent_scale, scale, batch, kv_head, first_key, first, start, tiles, hq, per_kv, sk, sq_padded, shift,
-            D, BLOCK_M, Q_STAGES, DO_STAGES, CAUSAL, COMPUTE_DQ, EARLY, FLAT, 1,
+            exponent_scale, scale, batch, kv_head, first_key, first, tiles, hq, per_kv, sk, sq_padded, shift,
+            D, BLOCK_M, Q_STAGES, DO_STAGES, CAUSAL, COMPUTE_DQ, EARLY, 1,
         )),
     ], [4, 4], [240, 240])  # fmt: skip

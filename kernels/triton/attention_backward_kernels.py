@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vbench.kernels.triton.attention_forward import _capped, _load_block, _round_to_storage
+from vbench.kernels.triton.attention_forward import _as_storage, _capped, _load_block, _round_to_storage
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -294,11 +294,9 @@ def gradient_of_queries(
     )  # fmt: skip
 
     dq = dq * scale
-    if EMULATE:
-        dq = _round_to_storage(dq, STORAGE)
     inside = (rows < sq)[:, None] & (columns[None, :] < D)
     o_rows = batch64 * stride_ob + head64 * stride_oh + rows.to(tl.int64)[:, None] * stride_os
-    tl.store(dq_ptr + o_rows + columns[None, :] * stride_od, dq.to(STORAGE), mask=inside)
+    tl.store(dq_ptr + o_rows + columns[None, :] * stride_od, _as_storage(dq, STORAGE, EMULATE), mask=inside)
 
 
 @triton.jit
@@ -539,12 +537,9 @@ def gradient_of_keys(
             )  # fmt: skip
 
     dk = dk * scale
-    if EMULATE:
-        dk = _round_to_storage(dk, STORAGE)
-        dv = _round_to_storage(dv, STORAGE)
     inside = (keys < sk)[:, None] & (columns[None, :] < D)
     keys64 = keys.to(tl.int64)[:, None]
     m_rows = batch64 * stride_mb + kv_head64 * stride_mh + keys64 * stride_ms
     w_rows = batch64 * stride_wb + kv_head64 * stride_wh + keys64 * stride_ws
-    tl.store(dk_ptr + m_rows + columns[None, :] * stride_md, dk.to(STORAGE), mask=inside)
-    tl.store(dv_ptr + w_rows + columns[None, :] * stride_wd, dv.to(STORAGE), mask=inside)
+    tl.store(dk_ptr + m_rows + columns[None, :] * stride_md, _as_storage(dk, STORAGE, EMULATE), mask=inside)
+    tl.store(dv_ptr + w_rows + columns[None, :] * stride_wd, _as_storage(dv, STORAGE, EMULATE), mask=inside)

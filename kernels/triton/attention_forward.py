@@ -34,6 +34,16 @@ def _round_to_storage(x, STORAGE: tl.constexpr):
 
 
 @triton.jit
+def _as_storage(x, STORAGE: tl.constexpr, EMULATE: tl.constexpr):
+    """fp32 -> ``STORAGE``, for a store. The interpreter's own cast to bf16 truncates, and mangles subnormal numbers."""
+    if EMULATE and tl.bfloat16 == STORAGE:
+        bits = _round_to_storage(x, STORAGE).to(tl.uint32, bitcast=True)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(STORAGE)
+
+
+@triton.jit
 def _load_block(
     source,
     batch,
@@ -277,8 +287,6 @@ def attention_forward(
     acc = acc * (1.0 / divisor)[:, None]
     lse = tl.where(alive, (peak + tl.log2(divisor)) * LN2, -float("inf"))
     out_offsets = batch64 * stride_ob + head * tl.cast(stride_oh, tl.int64) + rows64[:, None] * stride_os
-    if EMULATE:
-        acc = _round_to_storage(acc, STORAGE)
-    tl.store(out_ptr + out_offsets + columns[None, :] * stride_od, acc.to(STORAGE), mask=inside)
+    tl.store(out_ptr + out_offsets + columns[None, :] * stride_od, _as_storage(acc, STORAGE, EMULATE), mask=inside)
     lse_offsets = batch64 * stride_lb + head * tl.cast(stride_lh, tl.int64) + rows64 * stride_ls
     tl.store(lse_ptr + lse_offsets, lse, mask=row_inside)

@@ -37,6 +37,9 @@ from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics
 SPLIT_MAX_M = 64
 #: n times the parts of K should reach this: 112 programs of 256 rows for 132 multiprocessors.
 SPLIT_ROWS = 28672
+#: Features from which the output tiles alone fill 132 multiprocessors (100 tiles of 128 features), so that one program
+#: of the fused kernel walks all parts of K.
+WALK_ROWS = 12800
 #: Columns of K that a sum of its own is formed of, up to SPLIT_MAX_M tokens: what a packed block of the fused kernel
 #: holds there.
 PART_COLUMNS = 256
@@ -55,7 +58,9 @@ class Plan:
         bn, bm: output features and tokens of a tile.
         bkw: columns of a packed tile; a K block is four times as wide.
         warps, stages: as Triton means them (``gluon``: all its partitions' warps).
-        split: parts that K is summed in (``fused``: in different programs).
+        split: parts that K is summed in (in different programs, but for ``walk``).
+        walk: ``fused``: one program sums all parts, in turn.
+        scaled: ``gluon``, groups of 128: scales multiply weights instead of sums; both are rounded to x's dtype.
         block_sums: ``fused``: add one float32 sum a K block instead of carrying the matrix unit's accumulator along.
         chunk: ``dequant_cublas``: weight rows decoded at a time, into scratch memory of as many rows.
         wide: mxfp4 with float32 scales on sums instead of scales in the operand: see ``packing.PackedWeight``.
@@ -69,6 +74,8 @@ class Plan:
     warps: int
     stages: int
     split: int = 1
+    walk: bool = False
+    scaled: bool = False
     block_sums: bool = True
     chunk: int = 0
     wide: bool = False
@@ -79,34 +86,30 @@ Table = tuple[tuple[int, Plan], ...]
 
 _UP_TO_32: Table = (
     (8, Plan("fused", 64, 8, 64, 4, 4)),
-    (16, Plan("fused", 64, 16, 64, 4, 4)),
-    (32, Plan("fused", 64, 32, 64, 4, 3)),
+    (16, Plan("fused", 64, 16, 64, 4, 3)),
+    (32, Plan("fused", 64, 32, 64, 4, 3, walk=True)),
 )
+#: Warps of 32 rows or with two warps a program round a g128 sum in another order (docs/tuning/fp4.md, run 4): no entry
+#: up to SPLIT_MAX_M tokens may have 128 rows on four warps.
+_UP_TO_64: Table = (*_UP_TO_32, (64, Plan("fused", 64, 64, 64, 4, 3, walk=True)))
 _SCALE_IN_EPILOGUE: Table = (
     (8, Plan("fused", 64, 8, 64, 2, 4)),
-    *_UP_TO_32[1:],
-    (64, Plan("fused", 64, 64, 64, 4, 3)),
+    *_UP_TO_64[1:],
     (2**31, Plan("fused", 128, 128, 32, 4, 3, block_sums=False)),
 )
-_FLOAT_GROUPS: Table = (
-    *_UP_TO_32,
-    (64, Plan("fused", 128, 64, 64, 8, 3)),
+_BEYOND_64: Table = (
     (512, Plan("fused", 64, 128, 32, 4, 3)),
     (2**31, Plan("fused", 128, 128, 32, 8, 3)),
 )
-_E2M1: Table = (
-    *_UP_TO_32,
-    (64, Plan("fused", 128, 64, 64, 8, 3)),
-    (2**31, Plan("fused", 256, 128, 32, 8, 3, block_sums=False)),
-)
+_E2M1: Table = ((2**31, Plan("fused", 256, 128, 32, 8, 3, block_sums=False)),)
 #: Format -> (largest m, plan)..., for 16-bit x. Measured on one H200: docs/tuning/fp4.md.
 TABLES: Mapping[str, Table] = {
     "absmax7_tensor": _SCALE_IN_EPILOGUE,
     "absmax7_row": _SCALE_IN_EPILOGUE,
-    "absmax7_g128": _FLOAT_GROUPS,
-    "nvfp4": _E2M1,
-    "mxfp4": _E2M1,
-    "nf4": _FLOAT_GROUPS,
+    "absmax7_g128": (*_UP_TO_64, *_BEYOND_64),
+    "nvfp4": (*_UP_TO_32, (64, Plan("fused", 128, 64, 64, 8, 3, walk=True)), *_E2M1),
+    "mxfp4": (*_UP_TO_64, *_E2M1),
+    "nf4": (*_UP_TO_32, (64, Plan("fused", 64, 64, 64, 4, 3)), *_BEYOND_64),
 }
 #: mxfp4 with float32 scales on sums: a block's code position is a group.
 TABLE_WIDE: Table = (
@@ -184,19 +187,31 @@ def choose_gluon(m: int, n: int, k: int, fmt: str) -> Plan:
     bn, bm, stages, _ = min(GLUON_TILES, key=cost)
     # nf4's two sums a block stay in flight together only where they are added block by block.
     sums = fmt == "nf4"
-    return Plan("gluon", bn, 64 if sums else bm, linear_gluon_host.BKW, 12, stages, parts(bn, bm), block_sums=sums)
+    return Plan(
+        "gluon",
+        bn,
+        64 if sums else bm,
+        linear_gluon_host.BKW,
+        12,
+        stages,
+        parts(bn, bm),
+        scaled=fmt == "absmax7_g128",
+        block_sums=sums,
+    )
 
 
 def choose_plan(
-    m: int, n: int, k: int, fmt: str, x: str, act: str, device: Device, hopper: bool = False, wide: bool = False
-) -> Plan:
+    m: int, n: int, k: int, fmt: str, x: str, act: str, device: Device, hopper: bool = False, wide: bool = False,
+    bias: bool = False,
+) -> Plan:  # fmt: skip
     """The tables' entry for a case.
 
     Args:
         hopper: the Gluon kernels can run here and suit the tensors.
         wide: mxfp4 scales must multiply sums (``packing.PackedWeight``).
+        bias: there is one.
     """
-    if not wide and device == "cuda" and m >= DEQUANT_FROM_M[fmt] and takes(fmt, x, act):
+    if not wide and device == "cuda" and m >= DEQUANT_FROM_M[fmt] and takes(fmt, x, act, bias):
         return Plan("dequant_cublas", 0, 0, 0, 0, 0, chunk=DEQUANT_CHUNK)
     if hopper and m > SPLIT_MAX_M and linear_gluon_host.takes(fmt, x, n, k):
         return choose_gluon(m, n, k, fmt)
@@ -205,7 +220,7 @@ def choose_plan(
     table = TABLE_FP32 if x == "fp32" else TABLE_WIDE if wide else TABLES[fmt]
     plan = next(p for limit, p in table if m <= limit)
     if m <= SPLIT_MAX_M:
-        plan = replace(plan, split=split_count(n, k))
+        plan = replace(plan, split=split_count(n, k), walk=plan.walk and n >= WALK_ROWS)
     return replace(plan, wide=wide)
 
 
@@ -233,6 +248,8 @@ class LinearKernel:
         self.plan = plan
         native = not INTERPRETED and self.x != "fp32"
         roundings: tuple[str, ...] = (self.x,) if native and self.fmt == "nf4" else ()
+        if plan.scaled:
+            roundings = (self.x, self.x)
         if plan.path == "dequant_cublas":
             roundings = OPERAND_ROUNDINGS[self.fmt, self.x]
         self.numerics = Numerics("tensor_core" if native else "fp32", roundings)
@@ -272,10 +289,12 @@ class LinearKernel:
         if (wide and not self.plan.wide) or (gluon and not linear_gluon_host.takes_tensors(inputs, x, y)):
             # An explicit rule, not a fallback on failure: the copy engine needs aligned rows, the fast scale decode
             # normal scales, and an operand has not the range of all E8M0 scales. ``plan`` says what was taken.
-            plan = choose_plan(self.m, self.n, self.k, self.fmt, self.x, self.act, self.device, wide=wide)
+            plan = choose_plan(
+                self.m, self.n, self.k, self.fmt, self.x, self.act, self.device, wide=wide, bias=self.has_bias
+            )
             self.plan = with_options(plan, self.options)
         if self.plan.path == "dequant_cublas":
-            return bind_dequant(self.fmt, inputs, x, bias, y, self.x, self.act, self.plan.chunk)
+            return bind_dequant(self.fmt, inputs, x, y, self.x, self.act, self.plan.chunk)
         packed = pack_for(self.plan, self.fmt, inputs, self.n, self.k, self.x)
         return bind_packed(packed, x, bias, y, self.x, self.act, self.plan)
 
@@ -293,7 +312,7 @@ def fused_call(
     """Grid, arguments and compile-time constants of the fused kernel. Allocates split-K workspace and tickets."""
     m, n, k = x.shape[0], weight.n, weight.k
     m_tiles, n_tiles = triton.cdiv(m, plan.bm), triton.cdiv(n, plan.bn)
-    split = plan.split
+    split = 1 if plan.walk else plan.split
     elements = m_tiles * n_tiles * split * plan.bn * plan.bm if split > 1 else 4
     partial = torch.empty(elements, dtype=torch.float32, device=x.device)
     tickets = torch.zeros(m_tiles * n_tiles, dtype=torch.int32, device=x.device)
@@ -311,6 +330,7 @@ def fused_call(
         "BM": plan.bm,
         "BKW": plan.bkw,
         "SPLIT": split,
+        "WALK": plan.split if plan.walk else 1,
         "EVEN_K": k == weight.k_blocks * 4 * plan.bkw,
         "NATIVE": not INTERPRETED and x_name != "fp32",
         "INTERPRETED": INTERPRETED,
@@ -323,7 +343,7 @@ def fused_call(
     }
     arguments = (
         x, weight.codes, scale, weight.global_scale, table, x if bias is None else bias, stored, partial, tickets,
-        m, n, k, x.stride(0), y.stride(0), weight.k_blocks, triton.cdiv(weight.k_blocks, split),
+        m, n, k, x.stride(0), y.stride(0), weight.k_blocks, triton.cdiv(weight.k_blocks, plan.split),
     )  # fmt: skip
     return (m_tiles * n_tiles, split), arguments, constants
 
@@ -332,7 +352,9 @@ def bind_packed(weight: PackedWeight, x: Any, bias: Any, y: Any, x_name: str, ac
     """A launch of the plan's kernel on a packed weight."""
     if plan.path == "gluon":
         tile = (plan.bn, plan.bm, plan.stages)
-        return linear_gluon_host.bind_gluon(weight, x, bias, y, x_name, act, tile, plan.split, plan.block_sums)
+        return linear_gluon_host.bind_gluon(
+            weight, x, bias, y, x_name, act, tile, plan.split, plan.block_sums, plan.scaled
+        )
     if plan.path == "stationary":
         return linear_stationary_host.bind_stationary(weight, x, bias, y, x_name, act, plan.split, plan.dependent)
     grid, arguments, constants = fused_call(weight, x, bias, y, x_name, act, plan)
@@ -382,5 +404,5 @@ def make(case: Case, variant: str, device: Device, **options: str) -> LinearKern
     hopper = device == "cuda" and linear_gluon_host.available()
     x = case.text("x")
     wide = needs_wide(fmt, x)
-    plan = choose_plan(m, n, k, fmt, x, case.text("act"), device, hopper and not wide, wide)
+    plan = choose_plan(m, n, k, fmt, x, case.text("act"), device, hopper and not wide, wide, bool(case.axis("bias")))
     return LinearKernel(case, device, with_options(plan, options), options)

@@ -24,11 +24,15 @@ EPILOGUE_SPILL_REASON = (
     "(docs/tuning/fp4.md, What the compiler makes of it)"
 )
 #: The tables are tuned on Hopper, whose warp-group instructions read an operand from shared memory. Before it, the
-#: largest tiles hold that operand in registers too: their loops may access local memory this seldom.
-AMPERE_SPILL_SHARE = 0.02
+#: tiles of 32 tokens and more hold that operand in registers too: of their loops' instructions this part may access
+#: local memory. nf4 decodes by a table of 16 values in registers.
+AMPERE_CROWDED_TOKENS = 32
+AMPERE_SPILL_SHARE = {"nf4": 0.07}
+AMPERE_SPILL_SHARE_OTHERS = 0.03
+AMPERE_SPILL_BYTES = 320
 AMPERE_SPILL_REASON = (
-    "a tile of 128 tokens tuned on sm_90; on sm_80 ptxas spills in its loop too, held to 2 % of the loop's "
-    "instructions (docs/tuning/fp4.md, What the compiler makes of it)"
+    "a tile tuned on sm_90; on sm_80 both operands are in registers and ptxas spills in its loop too, held to 7 % of "
+    "the loop for nf4 and 3 % for others (docs/tuning/fp4.md, What the compiler makes of it)"
 )
 #: Loops that fill the registers on purpose: tokens or sums stay in them while the next weights arrive.
 LOOP_SPILL_SHARE = 0.02
@@ -98,7 +102,8 @@ def compile_fused(plan: Plan, fmt: str, x: str, arch: int, act: str = "none", bi
     """The fused kernel of a plan, compiled ahead of time; all sizes divisible by 16."""
     constants: dict[str, Any] = {
         "FORMAT": fmt, "GROUP": float_group(fmt, plan), "X": x, "ACT": act, "HAS_BIAS": bias, "BN": plan.bn,
-        "BM": plan.bm, "BKW": plan.bkw, "SPLIT": plan.split, "EVEN_K": True, "NATIVE": x != "fp32",
+        "BM": plan.bm, "BKW": plan.bkw, "SPLIT": 1 if plan.walk else plan.split,
+        "WALK": plan.split if plan.walk else 1, "EVEN_K": True, "NATIVE": x != "fp32",
         "INTERPRETED": False, "TWIDDLED": fmt in BYTE_SCALES and x == "bf16", "GROUP_M": 8,
         "BLOCK_SUMS": plan.block_sums, "SMALL_SCALES": False,
     }  # fmt: skip
@@ -131,7 +136,7 @@ def compile_gluon(plan: Plan, fmt: str, x: str, act: str = "none", bias: bool = 
     constants: dict[str, Any] = {
         "FORMAT": fmt, "GROUP": float_group(fmt, plan), "X": x, "ACT": act, "HAS_BIAS": bias, "ROWS": rows,
         "BM": plan.bm, "STAGES": plan.stages, "GROUP_M": 8, "BLOCK_SUMS": plan.block_sums, "SPLIT": plan.split > 1,
-        "REGISTERS": REGISTERS,
+        "SCALED": plan.scaled, "REGISTERS": REGISTERS,
     }  # fmt: skip
     tile = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
     result = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -173,7 +178,8 @@ def _codec_cubin(kernel: Any, arch: int, types: Mapping[str, str], constants: Ma
 
 def _tile(plan: Plan) -> dict[str, int | str]:
     names = ("bn", "bm", "bkw", "warps", "stages", "split")
-    return {**{name: getattr(plan, name) for name in names}, "block_sums": int(plan.block_sums)}
+    flags = {name: int(getattr(plan, name)) for name in ("walk", "scaled", "block_sums")}
+    return {**{name: getattr(plan, name) for name in names}, **flags}
 
 
 def fused(plan: Plan, fmt: str, x: str, arch: int, effort: Effort = "standard") -> Configuration:
@@ -182,8 +188,10 @@ def fused(plan: Plan, fmt: str, x: str, arch: int, effort: Effort = "standard") 
     unit: Unit = "ffma" if x == "fp32" else "hgmma" if arch == 90 and plan.bm >= 16 and plan.warps % 4 == 0 else "hmma"
     bounds = {f"loop.{unit.upper()}": _AT_LEAST_ONE, "conversions_in_loop": (0.0, 0.0)}
     large = x != "fp32" and plan.bm >= 128
-    crowded = large and arch < 90
-    bounds |= {"loop_spill_share": (0.0, AMPERE_SPILL_SHARE)} if crowded else {"loop_spills": (0.0, 0.0)}
+    crowded = x != "fp32" and plan.bm >= AMPERE_CROWDED_TOKENS and arch < 90
+    share = AMPERE_SPILL_SHARE.get(fmt, AMPERE_SPILL_SHARE_OTHERS)
+    bounds |= {"loop_spill_share": (0.0, share)} if crowded else {"loop_spills": (0.0, 0.0)}
+    allowed = AMPERE_SPILL_BYTES if crowded else EPILOGUE_SPILL_BYTES if large else 0
     if x != "fp32":
         bounds["widest_copy_bytes"] = (16.0, 16.0)
     return Configuration(
@@ -194,8 +202,8 @@ def fused(plan: Plan, fmt: str, x: str, arch: int, effort: Effort = "standard") 
         parameters={"fmt": fmt, "x": x, **_tile(plan)},
         compile=partial(_fused_cubin, plan, fmt, x, arch),
         bounds=bounds,
-        spill_bytes_allowed=EPILOGUE_SPILL_BYTES if large else 0,
-        spill_reason="" if not large else AMPERE_SPILL_REASON if crowded else EPILOGUE_SPILL_REASON,
+        spill_bytes_allowed=allowed,
+        spill_reason=AMPERE_SPILL_REASON if crowded else EPILOGUE_SPILL_REASON if allowed else "",
         effort=effort,
     )
 
@@ -247,16 +255,17 @@ def _linears() -> Iterator[Configuration]:
     for arch, x, (fmt, table) in product((80, 90), ("bf16", "fp16"), linear.TABLES.items()):
         for limit, plan in table:
             # Up to SPLIT_MAX_M tokens K is split by the layer's size; the code of every split count is alike.
-            split = 4 if limit <= linear.SPLIT_MAX_M else 1
-            yield fused(
-                replace(plan, split=split), fmt, x, arch, "quick" if (fmt, limit, x, arch) in sample else "standard"
-            )
+            few = limit <= linear.SPLIT_MAX_M
+            effort: Effort = "quick" if (fmt, limit, x, arch) in sample else "standard"
+            yield fused(replace(plan, split=4 if few else 1, walk=False), fmt, x, arch, effort)
+            if plan.walk:
+                yield fused(replace(plan, split=2), fmt, x, arch, effort)
     for arch, (limit, plan), fmt in product((80, 90), linear.TABLE_FP32, linear.TABLES):
         quick = (arch, limit, fmt) == (90, linear.TABLE_FP32[-1][0], "absmax7_row")
         yield fused(plan, fmt, "fp32", arch, "quick" if quick else "standard")
     for fmt, plan in hopper_plans():
         quick = fmt == "nvfp4" and plan.split == 2 and plan.bm in (8, 64)
-        effort: Effort = "quick" if quick else "standard"
+        effort = "quick" if quick else "standard"
         if plan.path == "stationary":
             yield stationary(plan, fmt, "bf16", 4096, effort)
         else:
@@ -267,13 +276,14 @@ def _linears() -> Iterator[Configuration]:
 
 
 def hopper_plans() -> list[tuple[str, Plan]]:
-    """Every Gluon plan that the tables take at the shapes of three layers and 1 to 4096 tokens, by format."""
+    """Every plan of a Gluon kernel that the tables take at three layers' shapes and 1 to 1024 tokens, by format."""
     found: dict[tuple[str, Plan], None] = {}
     shapes = ((14336, 4096), (4096, 14336), (4096, 4096))
     for fmt, (n, k), m in product(GROUPS, shapes, (1, 16, 32, 64, 256, 1024)):
         plan = linear.choose_plan(m, n, k, fmt, "bf16", "gelu", "cuda", hopper=True)
-        # The code of every split count is alike, but for whether there is one.
-        found[fmt, replace(plan, split=min(plan.split, 2))] = None
+        if plan.path in ("gluon", "stationary"):
+            # The code of every split count is alike, but for whether there is one.
+            found[fmt, replace(plan, split=min(plan.split, 2))] = None
     return list(found)
 
 

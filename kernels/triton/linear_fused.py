@@ -8,6 +8,7 @@ bf16 for the scales that ``packing.E8M0_NARROW_MAX`` admits, so those are formed
 Order of the sum, which every kernel for up to ``linear.SPLIT_MAX_M`` tokens keeps: inside a K block in the order of K,
 group after group; blocks front to back; parts of K front to back.
 
+WALK: where the output tiles alone fill the machine, one program sums all parts in turn: the same bits, no workspace.
 Split-K: programs of one output tile write float32 partial sums to a workspace; whichever finishes last (an integer
 ticket) adds them in split order. No floating-point atomics, so results do not depend on timing.
 """
@@ -76,6 +77,7 @@ def fused_linear_kernel(
     BM: tl.constexpr,
     BKW: tl.constexpr,
     SPLIT: tl.constexpr,
+    WALK: tl.constexpr,  # parts of blocks_per_split blocks that a program sums one after the other; 1 if SPLIT > 1
     EVEN_K: tl.constexpr,
     NATIVE: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -104,7 +106,7 @@ def fused_linear_kernel(
     row_ok = rows_m < M
     rows_m64 = rows_m.to(tl.int64)
     first = pid_s * blocks_per_split
-    last = min(first + blocks_per_split, k_blocks)
+    last = min(first + blocks_per_split * WALK, k_blocks)
 
     codes_row = (rows // TILE) * (k_blocks * TILE * BKW) + (rows % TILE) * BKW
     codes_at = codes_ptr + codes_row[:, None] + columns[None, :]
@@ -128,6 +130,7 @@ def fused_linear_kernel(
     # wgmma out of the loop's carried registers: on sm_90 ptxas otherwise makes each product wait for the one before
     # (its note C7515). Wide token tiles have no registers for a second accumulator and mostly escape that note.
     acc = tl.zeros((BN, BM), tl.float32)
+    parts = tl.zeros((BN, BM), tl.float32)
     for block in range(first, last):
         packed = tl.load(codes_at + block * (TILE * BKW))
         k0 = block * BK + columns
@@ -182,6 +185,11 @@ def fused_linear_kernel(
             acc = tl.dot(w1, x1, acc, input_precision="ieee")
             acc = tl.dot(w2, x2, acc, input_precision="ieee")
             acc = tl.dot(w3, x3, acc, input_precision="ieee")
+        if WALK > 1:
+            # The last part may be shorter; it is added after the loop.
+            ends = (block + 1) % blocks_per_split == 0
+            parts = tl.where(ends, parts + acc, parts)
+            acc = tl.where(ends, 0.0, acc)
 
     finish = True
     if SPLIT > 1:
@@ -198,7 +206,7 @@ def fused_linear_kernel(
             for split in tl.static_range(SPLIT):
                 acc += tl.load(workspace + split * (BN * BM), cache_modifier=".cg")
     if finish:
-        value = acc
+        value = parts + acc if WALK > 1 else acc
         if FORMAT == "absmax7_row":
             value = value * tl.load(scale_ptr + rows)[:, None]
         elif FORMAT == "absmax7_tensor":

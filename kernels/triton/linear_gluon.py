@@ -47,6 +47,16 @@ _INT4_BF16_LOW = gl.constexpr(_INT4.format(first=0, second=4, **_BF16))
 _INT4_BF16_HIGH = gl.constexpr(_INT4.format(first=8, second=12, **_BF16))
 _INT4_FP16_LOW = gl.constexpr(_INT4.format(first=0, second=4, **_FP16))
 _INT4_FP16_HIGH = gl.constexpr(_INT4.format(first=8, second=12, **_FP16))
+#: The same times a scale in x's dtype, $3, which both elements of a pair share ($4).
+_TIMES = """{{
+    {decode}
+    mul.rn.{kind} $0, $0, $3;
+    mul.rn.{kind} $1, $1, $3;
+}}"""
+_INT4_BF16_LOW_TIMES = gl.constexpr(_TIMES.format(decode=_INT4.format(first=0, second=4, **_BF16), kind="bf16x2"))
+_INT4_BF16_HIGH_TIMES = gl.constexpr(_TIMES.format(decode=_INT4.format(first=8, second=12, **_BF16), kind="bf16x2"))
+_INT4_FP16_LOW_TIMES = gl.constexpr(_TIMES.format(decode=_INT4.format(first=0, second=4, **_FP16), kind="f16x2"))
+_INT4_FP16_HIGH_TIMES = gl.constexpr(_TIMES.format(decode=_INT4.format(first=8, second=12, **_FP16), kind="f16x2"))
 #: $3 and $5 are the scales of the two code positions, each in both halves; $4 and $6 repeat them for the second element
 #: of a pair, which always shares its scale.
 _E2M1_BF16_LOW = gl.constexpr(
@@ -169,12 +179,39 @@ def _pick(first, second, low_half):
 
 
 @gluon.jit
-def _half(packed, f0, f1, low_half, FORMAT: gl.constexpr, HALF: gl.constexpr, X: gl.constexpr):
-    """Code positions 2 HALF and 2 HALF + 1, exact in x's dtype (nf4: rounded). Halves keep fewer registers alive.
+def _scale_pair(scale, X: gl.constexpr):
+    """float32 [rows], rounded to x's dtype, in both halves of an int32."""
+    if X == "bf16":
+        bits = scale.to(gl.bfloat16).to(gl.int16, bitcast=True)
+    else:
+        bits = scale.to(gl.float16).to(gl.int16, bitcast=True)
+    bits = bits.to(gl.int32) & 0xFFFF
+    return bits | (bits << 16)
+
+
+@gluon.jit
+def _half(
+    packed, f0, f1, low_half, FORMAT: gl.constexpr, HALF: gl.constexpr, X: gl.constexpr, SCALED: gl.constexpr
+):  # fmt: skip
+    """Code positions 2 HALF and 2 HALF + 1, exact in x's dtype (nf4, SCALED: rounded). A half at a time
+    keeps fewer registers alive.
 
     Args:
-        f0, f1: E2M1: scales of the first and the last 16 columns, as pairs.
+        f0, f1: E2M1: scales of the first and the last 16 columns, as pairs. SCALED: f0 is [rows], see ``_scale_pair``.
     """
+    if SCALED:
+        s, _ = gl.broadcast(f0[:, None], packed)
+        if X == "bf16":
+            times: gl.constexpr = _INT4_BF16_LOW_TIMES if HALF == 0 else _INT4_BF16_HIGH_TIMES
+            a, b = gl.inline_asm_elementwise(
+                times, "=&r,=&r,r,r,r", [packed, s], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=2
+            )
+        else:
+            times: gl.constexpr = _INT4_FP16_LOW_TIMES if HALF == 0 else _INT4_FP16_HIGH_TIMES  # type: ignore[no-redef]
+            a, b = gl.inline_asm_elementwise(
+                times, "=&r,=&r,r,r,r", [packed, s], dtype=(gl.float16, gl.float16), is_pure=True, pack=2
+            )
+        return a, b
     if FORMAT == "nvfp4" or FORMAT == "mxfp4":
         s0 = _pick(f0[0], f0[1], low_half)
         s1 = _pick(f1[0], f1[1], low_half)
@@ -220,7 +257,7 @@ def _consume(
     part_blocks, parts, m_tiles, n_tiles,
     FORMAT: gl.constexpr, GROUP: gl.constexpr, X: gl.constexpr, ACT: gl.constexpr, HAS_BIAS: gl.constexpr,
     ROWS: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, BLOCK_SUMS: gl.constexpr,
-    SPLIT: gl.constexpr, WORKER: gl.constexpr,
+    SPLIT: gl.constexpr, SCALED: gl.constexpr, WORKER: gl.constexpr,
 ):  # fmt: skip
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=2)
@@ -230,8 +267,8 @@ def _consume(
     WORDS: gl.constexpr = 2 if FORMAT == "nvfp4" else 1
     BYTES: gl.constexpr = FORMAT == "nvfp4" or FORMAT == "mxfp4"
     #: Sums of their own in a block: one for each group with a float32 scale.
-    GROUPS: gl.constexpr = 128 // GROUP if GROUP > 0 else 0
-    PARTIAL: gl.constexpr = BLOCK_SUMS or GROUP > 0
+    GROUPS: gl.constexpr = 128 // GROUP if GROUP > 0 and not SCALED else 0
+    PARTIAL: gl.constexpr = BLOCK_SUMS or GROUPS > 0
     left_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LEFT))
     left_columns = gl.arange(0, BKW, layout=gl.SliceLayout(0, LEFT))
     acc_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, ACC))
@@ -255,6 +292,10 @@ def _consume(
             second_word = first_word
             if WORDS == 2:
                 second_word = gl.load(scale_ptr + in_tile + start * (64 * WORDS) + 1, mask=inside, other=0)
+        if SCALED:
+            scale_at = scale_ptr + (first_row + left_rows) // 64 * (k_blocks * 64) + left_rows % 64
+            inside = first_row + left_rows < N
+            scale = gl.load(scale_at + start * 64, mask=inside, other=0.0)
         if GROUPS > 0:
             group_at = rows // 64 * (k_blocks * (64 * GROUPS)) + rows % 64
             g0 = gl.load(scale_ptr + group_at + start * (64 * GROUPS), mask=rows < N, other=0.0)
@@ -282,6 +323,10 @@ def _consume(
                         q0, q1, q2, q3 = _scales(second_word, FORMAT, X)
                         second_word = gl.load(scale_ptr + in_tile + ahead * (64 * WORDS) + 1, mask=inside, other=0)
                     f0, f1, f2, f3 = (p0, q0), (p1, q1), (p2, q2), (p3, q3)  # type: ignore[assignment]
+                if SCALED:
+                    f0 = _scale_pair(scale, X)
+                    f2 = f0
+                    scale = gl.load(scale_at + ahead * 64, mask=inside, other=0.0)
                 if GROUPS > 0:
                     now0, now1 = g0, g1
                     g0 = gl.load(scale_ptr + group_at + ahead * (64 * GROUPS), mask=rows < N, other=0.0)
@@ -291,11 +336,11 @@ def _consume(
                 x1 = x_smem.index(stage * 4 + 1).permute((1, 0))
                 x2 = x_smem.index(stage * 4 + 2).permute((1, 0))
                 x3 = x_smem.index(stage * 4 + 3).permute((1, 0))
-                w0, w1 = _half(words, f0, f1, low_half, FORMAT, 0, X)
+                w0, w1 = _half(words, f0, f1, low_half, FORMAT, 0, X, SCALED)
                 if GROUPS == 2:
                     one = warpgroup_mma(w0, x0, zero, use_acc=False, is_async=True)
                     one = warpgroup_mma(w1, x1, one, is_async=True)
-                    w2, w3 = _half(words, f2, f3, low_half, FORMAT, 1, X)
+                    w2, w3 = _half(words, f2, f3, low_half, FORMAT, 1, X, SCALED)
                     two = warpgroup_mma(w2, x2, zero, use_acc=False, is_async=True)
                     two = warpgroup_mma(w3, x3, two, is_async=True)
                     one, two = warpgroup_mma_wait(num_outstanding=0, deps=[one, two])
@@ -314,7 +359,7 @@ def _consume(
                     else:
                         part = warpgroup_mma(w0, x0, acc, is_async=True)
                     part = warpgroup_mma(w1, x1, part, is_async=True)
-                    w2, w3 = _half(words, f2, f3, low_half, FORMAT, 1, X)
+                    w2, w3 = _half(words, f2, f3, low_half, FORMAT, 1, X, SCALED)
                     part = warpgroup_mma(w2, x2, part, is_async=True)
                     part = warpgroup_mma(w3, x3, part, is_async=True)
                     # Products in flight over the loop's edge would make ptxas wait for each one (its note C7512).
@@ -333,7 +378,7 @@ def _consume(
 
         finish = True
         if SPLIT:
-            tile = tile_n * m_tiles + tile_m
+            tile = index // parts
             element = acc_rows[:, None] * BM + tokens[None, :]
             workspace = partial_ptr + (tile * parts * 2 + WORKER).to(gl.int64) * (ROWS * BM) + element
             gl.store(workspace + part_k * (2 * ROWS * BM), acc, cache_modifier=".cg")
@@ -370,7 +415,7 @@ def gluon_linear_kernel(
     M, N, k_blocks, part_blocks, parts, m_tiles, n_tiles,
     FORMAT: gl.constexpr, GROUP: gl.constexpr, X: gl.constexpr, ACT: gl.constexpr, HAS_BIAS: gl.constexpr,
     ROWS: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, BLOCK_SUMS: gl.constexpr,
-    SPLIT: gl.constexpr, REGISTERS: gl.constexpr,
+    SPLIT: gl.constexpr, SCALED: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """y = act(x W^T + bias); nvfp4 with normal E4M3 scales, mxfp4 with scales that fit an operand.
 
@@ -383,6 +428,8 @@ def gluon_linear_kernel(
         GROUP: columns that share a float32 scale (128 or 64), or 0.
         ROWS: features of one of the two consumers, a multiple of 64.
         BLOCK_SUMS: the order of sums that ``linear`` promises up to SPLIT_MAX_M tokens: 256 columns, then the next.
+        SCALED: groups of 128: scales, rounded to x's dtype, multiply the weights, whose product rounds again; else
+            scales multiply sums, for which wide token tiles have no registers.
         SPLIT: parts meet in ``partial_ptr``; else ``parts`` is 1.
     """
     TILES: gl.constexpr = 2 * ROWS // 64
@@ -403,11 +450,11 @@ def gluon_linear_kernel(
         (_consume, (
             y_desc, scale_ptr, global_ptr, bias_ptr, partial_ptr, ticket_ptr, x_smem, w_smem, y_smem, full, empty, N,
             k_blocks, part_blocks, parts, m_tiles, n_tiles,
-            FORMAT, GROUP, X, ACT, HAS_BIAS, ROWS, BM, STAGES, GROUP_M, BLOCK_SUMS, SPLIT, 0,
+            FORMAT, GROUP, X, ACT, HAS_BIAS, ROWS, BM, STAGES, GROUP_M, BLOCK_SUMS, SPLIT, SCALED, 0,
         )),
         (_consume, (
             y_desc, scale_ptr, global_ptr, bias_ptr, partial_ptr, ticket_ptr, x_smem, w_smem, y_smem, full, empty, N,
             k_blocks, part_blocks, parts, m_tiles, n_tiles,
-            FORMAT, GROUP, X, ACT, HAS_BIAS, ROWS, BM, STAGES, GROUP_M, BLOCK_SUMS, SPLIT, 1,
+            FORMAT, GROUP, X, ACT, HAS_BIAS, ROWS, BM, STAGES, GROUP_M, BLOCK_SUMS, SPLIT, SCALED, 1,
         )),
     ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip

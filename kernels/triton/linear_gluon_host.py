@@ -47,13 +47,14 @@ def takes_tensors(inputs: Mapping[str, Any], x: Any, y: Any) -> bool:
 
 def gluon_call(
     weight: PackedWeight, x: Any, bias: Any, y: Any, x_name: str, act: str, tile: tuple[int, int, int], parts: int,
-    block_sums: bool,
+    block_sums: bool, scaled: bool = False,
 ) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:  # fmt: skip
     """Grid, arguments and constants. Allocates the workspace of sums that cross programs, and their tickets.
 
     Args:
         tile: features of a program, half of them a consumer's; tokens; stages.
         parts: parts of K, each whole blocks of 256 columns.
+        scaled: groups of 128: scales multiply weights, both rounded to x's dtype.
         block_sums: add the sums of 256 columns in float32: the order of sums up to ``linear.SPLIT_MAX_M`` tokens.
     """
     from triton.experimental.gluon import language as gl
@@ -93,6 +94,7 @@ def gluon_call(
         "GROUP_M": 8,
         "BLOCK_SUMS": block_sums,
         "SPLIT": parts > 1,
+        "SCALED": scaled,
         "REGISTERS": REGISTERS,
         "num_warps": 4,
     }
@@ -101,7 +103,7 @@ def gluon_call(
 
 def bind_gluon(
     weight: PackedWeight, x: Any, bias: Any, y: Any, x_name: str, act: str, tile: tuple[int, int, int], parts: int,
-    block_sums: bool,
+    block_sums: bool, scaled: bool = False,
 ) -> Launch:  # fmt: skip
     """A launch that writes y [m, n]. The caller has asked ``available``, ``takes`` and ``takes_tensors``.
 
@@ -109,7 +111,7 @@ def bind_gluon(
     """
     from vbench.kernels.triton.linear_gluon import gluon_linear_kernel
 
-    grid, arguments, constants = gluon_call(weight, x, bias, y, x_name, act, tile, parts, block_sums)
+    grid, arguments, constants = gluon_call(weight, x, bias, y, x_name, act, tile, parts, block_sums, scaled)
 
     def launch() -> None:
         gluon_linear_kernel[grid](*arguments, **constants)

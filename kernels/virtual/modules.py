@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vbench.errors import Unsupported
 from vbench.kernels.virtual.program import Attention
 from vbench.kernels.virtual.shapes import ModelShape
 
@@ -112,7 +114,10 @@ class Block(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Causal self-attention; fused q k v in a gpt, rotary and grouped heads in a llama."""
+    """Causal self-attention; fused q k v in a gpt, rotary and grouped heads in a llama.
+
+    ``kernel``, where given, computes it instead of torch: (q, k, v, rule of the mask) -> out like q, groups and all.
+    """
 
     qkv: nn.Linear
     q: nn.Linear
@@ -125,6 +130,7 @@ class SelfAttention(nn.Module):
         self.shape = shape
         self.attention = attention
         self.dropout = dropout
+        self.kernel: Callable[[Tensor, Tensor, Tensor, str], Tensor] | None = None
         for name, n_out, n_in, bias in shape.block_linears:
             owner, _, part = name.partition(".")
             if owner == "attn":
@@ -146,11 +152,19 @@ class SelfAttention(nn.Module):
             )
             q, k = _rotate(q, shared), _rotate(k, shared)
         group = shape.heads // shape.kv_heads
-        native = self.attention == "sdpa" and q.dtype != torch.float32  # the fp32 kernel on a GPU has no groups
+        native = self.kernel is not None or (
+            self.attention == "sdpa" and q.dtype != torch.float32
+        )  # the fp32 kernel on a GPU has no groups
         if group > 1 and not native:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         dropout = self.dropout if self.training else 0.0
-        if self.attention == "sdpa":
+        if self.kernel is not None:
+            if dropout:
+                raise Unsupported(
+                    "dropout", f"the replaced attention has no dropout, and dropout={dropout}: set it to 0"
+                )
+            context = self.kernel(q, k, v, "top_left")
+        elif self.attention == "sdpa":
             context = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=group > 1 and native
             )

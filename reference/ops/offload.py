@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from vbench.reference.ops.fp4 import FORMAT_GROUPS
 from vbench.spec import Case, Op, Output, Param
 
 BF16_BYTES = 2
+#: Weights as they are.
+RAW = "raw"
 
 
 def weight_bytes(case: Case) -> int:
@@ -13,6 +16,10 @@ def weight_bytes(case: Case) -> int:
 
 
 def _reject(case: Case) -> tuple[str, str] | None:
+    if case.text("codec") != RAW and case.text("mode") == "train":
+        return "codec_trainable", f"codec={case.text('codec')}: codes have no gradient; mode=forward"
+    if case.text("codec") != RAW and case.axis("width") % FORMAT_GROUPS[case.text("codec")]:
+        return "k_not_multiple_of_block", f"width={case.axis('width')} is no multiple of the codec's block"
     for name in ("layers", "width", "tokens", "gpu_bytes"):
         if case.axis(name) == 0:
             return "zero_size", f"{name}=0: a pass needs layers, width, tokens and device bytes for weights"
@@ -39,6 +46,14 @@ OFFLOAD_PASS = Op(
         Param("tokens", "axis", "rows of x"),
         Param(
             "gpu_bytes", "axis", "device bytes for weights; activations, their gradients and outputs lie beside them"
+        ),
+        Param(
+            "codec",
+            "choice",
+            "how weights may lie on the host; nvfp4: the layers are decode(encode(w)), encoded as fp4_quantize does",
+            (RAW, "nvfp4"),
+            RAW,
+            quiet=True,
         ),
     ),
     outputs=(

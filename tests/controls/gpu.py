@@ -153,5 +153,58 @@ def device_assert(s: Setting) -> Mapping[str, Any]:
     return {"y": y}
 
 
+def _launched(s: Setting, kernel: str, honest: bool) -> Mapping[str, Any]:
+    """The answer of a kernel of ``gpu_kernels``; float32 x."""
+    from vbench.controls import gpu_kernels
+
+    x, w = s.inputs["x"], weight(s)
+    y = torch.empty(len(x), len(w), device=x.device)
+    if kernel == "staged":
+        gpu_kernels.staged(gpu_kernels.TILE, honest)[len(x), gpu_kernels.TILE](x, w, y)
+    elif kernel == "prefetching":
+        blocks = -(-y.numel() // gpu_kernels.TILE)
+        gpu_kernels.prefetching(honest)[blocks, gpu_kernels.TILE](x.view(-1), w, y)
+    else:
+        gpu_kernels.split(honest)[(len(x), gpu_kernels.PARTS), gpu_kernels.TILE](x, w, y.zero_())
+    return {"y": y}
+
+
+@control(
+    FP4_LINEAR,
+    FP32,
+    family="races",
+    oracle="value",
+    fault="no barrier between filling a buffer in shared memory and reading it",
+    needs="cuda",
+)
+def missing_barrier(s: Setting) -> Mapping[str, Any]:
+    return _launched(s, "staged", not s.wrong)
+
+
+@control(
+    FP4_LINEAR,
+    FP32,
+    family="races",
+    oracle="value",
+    fault="split K is added up without atomics: blocks lose each other's additions",
+    needs="cuda",
+    declares={"deterministic": False},
+)
+def lost_updates(s: Setting) -> Mapping[str, Any]:
+    return _launched(s, "split", not s.wrong)
+
+
+@control(
+    FP4_LINEAR,
+    FP32,
+    family="bounds",
+    oracle="nonfinite",
+    fault="a row is read ahead without a guard: past the end of x, times zero",
+    needs="cuda",
+)
+def read_past_x(s: Setting) -> Mapping[str, Any]:
+    return _launched(s, "prefetching", not s.wrong)
+
+
 make = control.factory(BY_NAME)
 CORPUS = Corpus("controls_gpu", "faults that need a GPU", control.controls, "vbench.controls.gpu:make")

@@ -153,6 +153,22 @@ def weight32(s: Setting) -> Tensor:
     return dequantize(s.case.text("fmt"), dict(s.inputs), torch.float32)
 
 
+def worst_order_product(a: Tensor, b: Tensor) -> Tensor:
+    """a [..., m, k] @ b [..., k, n] in float32, each sum in ascending order of its terms: an honest kernel's worst.
+
+    A budget for sums in any order must admit it: partial sums reach half the sum of magnitudes, so that it errs by
+    about a tenth of LAMBDA sqrt(k) u at every k, where blocked sums need a thousandth at k = 14336 (docs/adr/0025).
+    """
+    rows = []
+    for row in a.unbind(-2):
+        terms = (row[..., :, None] * b).sort(dim=-2).values
+        total = torch.zeros_like(terms[..., 0, :])
+        for term in terms.unbind(-2):
+            total = total + term
+        rows.append(total)
+    return torch.stack(rows, dim=-2)
+
+
 def finish(s: Setting, sums: Tensor) -> Tensor:
     """float32 sums [m, n] -> bias, activation, and one rounding to x's dtype."""
     if "bias" in s.inputs:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vbench.control import Corpus
-from vbench.controls.kit import BY_NAME, Register, Setting, finish, linear, weight32
+from vbench.controls.kit import BY_NAME, Register, Setting, finish, linear, weight32, worst_order_product
 from vbench.reference import fp4
 from vbench.reference.ops.fp4 import FP4_DEQUANTIZE, FP4_LINEAR, FP4_QUANTIZE
 from vbench.reference.sampling import torch_dtype
@@ -42,7 +42,7 @@ def _bits(t: Tensor, kept: int) -> Tensor:
 )
 def tf32_for_fp32(s: Setting) -> Mapping[str, Any]:
     x, w = s.inputs["x"].float(), weight32(s)
-    return {"y": finish(s, _bits(x, 11) @ _bits(w, 11).T if s.wrong else x @ w.T)}
+    return {"y": finish(s, _bits(x, 11) @ _bits(w, 11).T if s.wrong else worst_order_product(x, w.T))}
 
 
 def _chunked(s: Setting, dtype: torch.dtype, step: int) -> Tensor:
@@ -282,14 +282,18 @@ def write_past_input(s: Setting) -> Mapping[str, Any]:
 
 @control(
     FP4_LINEAR,
-    FP32 | {"act": "gelu"},
+    FP32 | {"act": "gelu", "dist": "uniform", "m": 32},
     family="epilogue",
     oracle="value",
     fault="gelu in its tanh form where the erf form is meant",
 )
 def tanh_gelu(s: Setting) -> Mapping[str, Any]:
-    sums = s.inputs["x"].float() @ weight32(s).T
-    return {"y": torch.nn.functional.gelu(sums, approximate="tanh") if s.wrong else finish(s, sums)}
+    x, w = s.inputs["x"].float(), weight32(s)
+    return {
+        "y": torch.nn.functional.gelu(x @ w.T, approximate="tanh")
+        if s.wrong
+        else finish(s, worst_order_product(x, w.T))
+    }
 
 
 @control(

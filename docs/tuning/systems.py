@@ -1,0 +1,96 @@
+"""Everything about the systems that needs a GPU, in one command: ``python docs/tuning/systems.py --out DIR [PART...]``.
+
+Parts, each a process of its own with its time limit; what a part wrote before it was cut off stays in DIR.
+
+    tests      the tests that are skipped without a GPU: streams, slots, decoding into slots      40 s
+    codec      offload_pass of raw against nvfp4 weights, 6.44 GB, 16 to 8192 tokens              60 s
+    estimator  the table of estimated and measured peaks, at least 40 points                      70 s
+    scenarios  the document's three scenarios under 8 and 24 GB                                   90 s
+    overhead   a fully resident tiered stack against the plain one, in pairs of processes        100 s
+    large      54 GB forward and backward under 8 GiB against all-resident, 101 GiB of host      120 s
+
+Prints one line a part at the end. Exit code 1 if any part failed or ran out of time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+GIB = 1 << 30
+
+
+def commands(out: Path) -> dict[str, tuple[list[str], float]]:
+    """Part -> its command and the seconds it may take."""
+    here, vbench = Path(__file__).parent, ["-m", "vbench"]
+    resident = f"offload_pass[mode=forward,layers=12,width=8192,tokens=1024,gpu_bytes={4 * GIB}]"
+    tests = [f"tests/{name}.py" for name in ("test_tiers", "test_tiered_codec", "test_tiered_module")]
+    return {
+        "tests": (["-m", "pytest", "-q", "-rs", *tests, "-k", "gpu or device or cuda"], 90),
+        "codec": ([str(here / "tier_codec.py"), "--out", str(out)], 90),
+        "estimator": ([str(here / "estimator.py"), "--out", str(out), "--limit-s", "60"], 100),
+        "scenarios": ([str(here / "scenarios.py"), "--out", str(out), "--limit-s", "80"], 120),
+        "overhead": (
+            [*vbench, "ab", "torch_native[all_resident]", "tiers", "--case", resident, "--device", "cuda",
+             "--pairs", "5", "--max-pairs", "5", "--limit-s", "100", "--out", str(out / "runs")],
+            130,
+        ),
+        "large": ([str(here / "tier_54gb.py"), "--out", str(out)], 180),
+    }  # fmt: skip
+
+
+def run(part: str, argv: list[str], limit_s: float, out: Path) -> tuple[str, int | None]:
+    """One part; its output goes to ``out/PART.log``. Returns the last lines and the exit code, ``None`` for no time."""
+    log = out / f"{part}.log"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    # The interpreter's switches are for machines without a GPU.
+    environment |= {"TRITON_INTERPRET": "0", "NUMBA_ENABLE_CUDASIM": "0"}
+    code: int | None
+    with log.open("wb") as sink:
+        try:
+            done = subprocess.run(
+                [sys.executable, *argv], cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT,
+                timeout=limit_s, check=False,
+            )  # fmt: skip
+            code = done.returncode
+        except subprocess.TimeoutExpired:
+            code = None
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES:]), code
+
+
+LINES = 14
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the parts asked for, all by default."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="which, in this order (all)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything is written")
+    given = parser.parse_args(argv)
+    given.out.mkdir(parents=True, exist_ok=True)
+    known = commands(given.out.resolve())
+    unknown = [part for part in given.parts if part not in known]
+    if unknown:
+        parser.error(f"no part {unknown[0]!r}: one of {', '.join(known)}")
+    table = []
+    for part in given.parts or known:
+        command, limit_s = known[part]
+        start = time.monotonic()
+        said, code = run(part, command, limit_s, given.out)
+        took_s = time.monotonic() - start
+        print(f"== {part} ==\n{said}\n", flush=True)
+        word = "out of time" if code is None else f"exit code {code}"
+        table.append((part, word, took_s, code == 0))
+    for part, word, took_s, _ in table:
+        print(f"{part:10} {took_s:6.1f} s  {word}", flush=True)
+    return int(not all(good for *_, good in table))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

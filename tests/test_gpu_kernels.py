@@ -1,0 +1,91 @@
+"""The GPU controls' kernels in numba's simulator, and what the sanitizer's exit codes mean. On a GPU: sanitize.py."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from vbench.controls import gpu, gpu_kernels, sanitize
+
+M, N, K = 3, 8, 80
+TILE = 32
+
+
+def product() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    random = np.random.default_rng(1)
+    x, w = (random.standard_normal((rows, K)).astype(np.float32) for rows in (M, N))
+    return x, w, np.full((M, N), np.nan, np.float32)
+
+
+def close(y: np.ndarray, x: np.ndarray, w: np.ndarray) -> bool:
+    return bool(np.allclose(y, x.astype(np.float64) @ w.T, rtol=1e-4, atol=1e-4))
+
+
+@pytest.mark.parametrize("barrier", [True, False])
+def test_without_a_barrier_a_buffer_is_read_before_it_is_filled(barrier: bool) -> None:
+    x, w, y = product()
+    gpu_kernels.staged(TILE, barrier)[M, TILE](x, w, y)
+    assert close(y, x, w) == barrier
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_without_a_guard_x_is_read_past_its_end(guarded: bool) -> None:
+    x, w, y = product()
+    launch = gpu_kernels.prefetching(guarded)[1, TILE]
+    if guarded:
+        launch(x.reshape(-1), w, y)
+        assert close(y, x, w)
+    else:
+        with pytest.raises(IndexError):
+            launch(x.reshape(-1), w, y)
+
+
+def test_split_sums_are_the_product() -> None:
+    """The simulator runs one block after the other, so that the lost additions are for a GPU to show."""
+    x, w, y = product()
+    y[:] = 0
+    gpu_kernels.split(True)[(M, gpu_kernels.PARTS), TILE](x, w, y)
+    assert close(y, x, w)
+
+
+def test_each_sanitized_control_has_a_twin_and_is_one_of_the_corpus() -> None:
+    names = [name for names in sanitize.TOOLS.values() for name in names]
+    assert {n + end for n in names for end in ("", "+honest")} == set(gpu_kernels.CHECKED)
+    assert set(names) <= {c.name for c in gpu.CORPUS.controls}
+
+
+def report(name: str, code: int, text: str = "") -> sanitize.Report:
+    return sanitize.read("memcheck", name, code, text)
+
+
+def test_the_verdict_of_the_sanitizer() -> None:
+    wrong, twin = report("read_past_x", sanitize.REPORTED), report("read_past_x+honest", 0)
+    assert sanitize.verdict([wrong, twin]) == 0
+    assert sanitize.verdict([report("read_past_x", 0), twin]) == 1
+    assert sanitize.verdict([wrong, report("read_past_x+honest", sanitize.REPORTED)]) == 1
+    # Neither clean nor reported: nothing was judged.
+    for code, text in ((1, ""), (0, "========= Device not supported."), (sanitize.REPORTED, "Device not supported")):
+        assert sanitize.verdict([report("read_past_x", code, text), twin]) == 3
+    assert sanitize.verdict([]) == 3
+
+
+def test_without_a_sanitizer_nothing_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert sanitize.main() == 3
+
+
+def test_a_program_that_is_no_sanitizer_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def refused(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "no")
+
+    monkeypatch.setattr(shutil, "which", lambda _: "/bin/sanitizer")
+    monkeypatch.setattr(subprocess, "run", refused)
+    assert sanitize.main() == 3
+    assert len(asked) == 4 and all(sys.executable in command for command in asked)
