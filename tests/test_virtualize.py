@@ -83,6 +83,33 @@ def test_outputs_are_those_of_the_decoded_weights(shape: ModelShape, dtype: torc
 
 
 @SHAPES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp4_linear_takes_the_place_too(shape: ModelShape, dtype: torch.dtype) -> None:
+    """On a CPU its engine is plain torch, so the same bits; another format; state, gradients and undo as before."""
+    model = make(shape, dtype)
+    for site in find_linears(model):
+        site.weight.requires_grad_(site.tied)
+    twin, before = decoded(model), snapshot(model)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with virtualize(model, Plan(linear="fused")) as handle:
+        for one in (model, twin):
+            one(ids(), ids(1)).backward()
+        theirs = dict(twin.named_parameters())
+        for name, p in model.named_parameters():
+            mine, expected = p.grad, theirs[name].grad
+            assert mine is not None and expected is not None and torch.equal(mine, expected), name
+        now = model.state_dict()
+        assert list(now) == list(state) and all(torch.equal(now[name], state[name]) for name in state)
+        assert sum(row.device_bytes for row in handle.rows()) == sum(b.nbytes for b in model.buffers())
+        model.load_state_dict({name: value * 1.5 for name, value in state.items()})
+        model.load_state_dict(state)
+    model.zero_grad()
+    assert same(before, snapshot(model))
+    with virtualize(model, Plan(linear="fused", format="absmax7_row")), torch.no_grad():
+        assert not torch.equal(model(ids()), twin(ids()))
+
+
+@SHAPES
 def test_codes_take_their_packed_bytes_and_nothing_else_stays(shape: ModelShape) -> None:
     model = make(shape)
     with virtualize(model, ALL) as handle:
@@ -270,7 +297,7 @@ def test_refusals_name_the_rule_and_change_nothing() -> None:
     assert rule(nn.Sequential(hooked)) == "hooked"
     small = Budget(gpu=8, pinned=1 << 20, activations=0)
     refused(nn.Sequential(nn.Linear(16, 4), nn.LayerNorm(4)), Plan(fp4="all", budget=small), BudgetError)
-    for plan in (Plan(fp4="some"), Plan(attention="flash"), Plan(keep=("7",))):  # type: ignore[arg-type]
+    for plan in (Plan(fp4="some"), Plan(attention="flash"), Plan(keep=("7",)), Plan(format="nf4")):  # type: ignore[arg-type]
         refused(nn.Sequential(nn.Linear(16, 4)), plan, UsageError)
     refused(nn.ReLU(), ALL, UsageError)
     model = nn.Sequential(nn.Linear(16, 4), nn.LayerNorm(4))
