@@ -14,15 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vbench.backend import Device, Kernel
 from vbench.reference.attention import ScoreRule
 from vbench.reference.attention_backward import _Bound, _Head
-from vbench.reference.kernels import OracleKernel, _only_default
 from vbench.reference.sampling import generator, torch_dtype
 from vbench.spec import Case, Expected, Numerics
 
 SHIFT = -100.0
-GRADIENTS = ("dq", "dk", "dv")
 
 
 def masked_inputs(case: Case, device: str) -> dict[str, Any]:
@@ -104,9 +101,3 @@ def masked_oracle(case: Case, inputs: dict[str, Any], numerics: Numerics, max_ro
         name: Expected(value, bound.stored(budgets[name], value), dtype, tuple(value.shape), None, why)
         for name, value in values.items()
     }
-
-
-def make(case: Case, variant: str, device: Device) -> Kernel:
-    """The oracle as a kernel of backend ``torch``."""
-    _only_default(variant)
-    return OracleKernel(masked_float64, GRADIENTS)
