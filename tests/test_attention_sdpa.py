@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -137,30 +137,20 @@ def _block() -> Any:
     return Block()
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _sdpa(working: str, coarse_keys: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """SDPA of float64 tensors in dtype ``working``: what differs between two runs then comes from attention alone.
+
+    ``coarse_keys``: the control; keys are rounded to the next coarser format.
+    """
     import torch
 
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def _sdpa_bf16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention alone in bf16, as under autocast: what differs between two runs then comes from attention."""
-    out = _sdpa(q.bfloat16(), k.bfloat16(), v.bfloat16())
-    return out.to(q.dtype)
-
-
-def _coarse_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _sdpa(q, k.bfloat16().to(k.dtype), v)
-
-
-def _coarse_keys_bf16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    import torch
-
-    return _sdpa_bf16(q, k.to(torch.float8_e4m3fn).to(k.dtype), v)
-
-
-#: dtype of the attention -> SDPA in it, and the control: keys rounded to the next coarser format.
-ATTENDS = {"fp32": (_sdpa, _coarse_keys), "bf16": (_sdpa_bf16, _coarse_keys_bf16)}
+    dtype, coarser = {
+        "fp32": (torch.float32, torch.bfloat16),
+        "bf16": (torch.bfloat16, torch.float8_e4m3fn),
+    }[working]
+    keys = k.to(coarser).to(dtype) if coarse_keys else k.to(dtype)
+    out = torch.nn.functional.scaled_dot_product_attention(q.to(dtype), keys, v.to(dtype), is_causal=True)
+    return out.double()
 
 
 def _at_the_budget(seed: int, device: str, dtype: str) -> Callable[..., Tensor]:
@@ -177,7 +167,8 @@ def _at_the_budget(seed: int, device: str, dtype: str) -> Callable[..., Tensor]:
 
     def moved(want: Any, like: Tensor) -> Tensor:
         sign = torch.randint(0, 2, want.value.shape, generator=signs).to(device) * 2 - 1
-        return (want.value + sign * want.budget).to(like.dtype)
+        found: Tensor = (want.value + sign * want.budget).to(like.dtype)
+        return found
 
     class Moved(torch.autograd.Function):
         @staticmethod
@@ -202,7 +193,7 @@ def _at_the_budget(seed: int, device: str, dtype: str) -> Callable[..., Tensor]:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         working = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
         out: Tensor = Moved.apply(*(t.to(working) for t in (q, k, v)))  # type: ignore[no-untyped-call]
-        return out.to(q.dtype)
+        return out.double()
 
     return attend
 
@@ -211,18 +202,18 @@ def _losses(attend: Callable[..., Tensor], device: str, *, compiled: str = "") -
     """float64 [steps]: losses of plain gradient descent on a fixed batch of sequences."""
     import torch
 
-    model = _block().to(device)
+    model = _block().to(device).double()
     tokens = (torch.arange(LENGTH + 1) * 5 + torch.arange(2)[:, None] * 3).remainder(WORDS).to(device)
     step = torch.compile(model, backend=compiled, fullgraph=True) if compiled else model
     losses = []
     for _ in range(STEPS[device]):
         logits = step(tokens[:, :-1], attend)
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         for parameter, gradient in zip(
             model.parameters(), torch.autograd.grad(loss, tuple(model.parameters())), strict=True
         ):
             parameter.data.sub_(gradient, alpha=0.05)
-        losses.append(loss.detach().double().cpu())
+        losses.append(loss.detach().cpu())
     return torch.stack(losses)
 
 
@@ -242,7 +233,7 @@ def _maths_and_budget(device: str, dtype: str, compiled: str) -> tuple[Tensor, f
     signs.
     """
     with _forced("MATH"):
-        maths = _losses(ATTENDS[dtype][0], device, compiled=compiled)
+        maths = _losses(partial(_sdpa, dtype, False), device, compiled=compiled)
     moved = _losses(_at_the_budget(0, device, dtype), device)
     return maths, float((moved - maths).abs().max())
 
@@ -257,7 +248,7 @@ def training_over_budget(device: str, dtype: str, compiled: str, *, fault: bool 
     maths, budget = _maths_and_budget(device, dtype, compiled)
     assert maths[-1] < 0.9 * maths[0], "the run learns nothing, so it compares nothing"
     with nullcontext() if fault else attention_sdpa.active(), _forced("MATH" if fault else "FLASH_ATTENTION"):
-        run = _losses(ATTENDS[dtype][fault], device, compiled=compiled)
+        run = _losses(partial(_sdpa, dtype, fault), device, compiled=compiled)
     return float((run - maths).abs().max()) / budget
 
 
