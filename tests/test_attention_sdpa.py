@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 #: Steps by device: the interpreter takes 0.1 s for one.
-STEPS = {"cpu": 40, "cuda": 200}
+STEPS = {"cpu": 20, "cuda": 200}
 LENGTH, HEADS, HEAD_DIM, WORDS = 12, 2, 8, 16
 
 
