@@ -11,11 +11,17 @@ from vbench.backend import Availability, DeclaredBackend, Device
 def probe(device: Device) -> Availability:
     """Usable on the CPU always, on ``cuda`` where torch finds a device.
 
-    Switches TF32 off for float32 products (the caller asked for fp32) and records the setting in ``versions``.
+    Switches TF32 off for float32 products (the caller asked for fp32) and records the setting in ``versions``, and
+    what was activated by ``torch.nn.attention.activate_flash_attention_impl``.
     """
     import torch
+    import torch.nn.attention
 
     versions = {"torch": str(torch.__version__)}
+    # Process-global: which flash attention SDPA calls. torch's own (FlashAttention-2) goes unsaid.
+    active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    if active:
+        versions["flash_attention_impl"] = active
     if device == "cuda":
         if not torch.cuda.is_available():
             return Availability(False, "none", "torch finds no CUDA device; run with --device cpu", versions)
