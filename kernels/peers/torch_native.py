@@ -40,6 +40,8 @@ BACKEND = DeclaredBackend(
         "int8_linear": "vbench.kernels.peers.int8_linear:make",
         "svd": "vbench.kernels.peers.insight:make_svd",
         "elementwise_chain": "vbench.kernels.peers.insight:make_chain",
+        "train_step": "vbench.kernels.peers.model_steps:make",
+        "generate": "vbench.kernels.peers.model_steps:make",
     },
     variants={
         "fp4_linear": ("cublas_bf16", "cublas_fp16", "cublas_fp32", "eager_dequant", "torch_compile"),
@@ -52,6 +54,8 @@ BACKEND = DeclaredBackend(
         "int8_linear": ("int_mm", "eager_dequant"),
         "svd": ("device", "host"),
         "elementwise_chain": ("device", "numpy"),
+        "train_step": ("eager", "torch_compile", "fsdp2"),
+        "generate": ("eager", "torch_compile", "fsdp2"),
     },
     probe_function="vbench.kernels.peers.torch_native:probe",
 )

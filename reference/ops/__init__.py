@@ -6,7 +6,7 @@ result's source digest does not change with another family's definitions. Import
 
 from __future__ import annotations
 
-from vbench.reference.ops import attention, block, fetch, fp4, insight, int8, offload, tiers
+from vbench.reference.ops import attention, block, fetch, fp4, insight, int8, model, offload, tiers
 from vbench.spec import Op
 
 OPS: tuple[Op, ...] = (
@@ -18,4 +18,5 @@ OPS: tuple[Op, ...] = (
     *block.OPS,
     *int8.OPS,
     *insight.OPS,
+    *model.OPS,
 )
