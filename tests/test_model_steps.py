@@ -178,3 +178,21 @@ def test_accelerate_says_how_to_install_it_where_it_is_missing(monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "accelerate", None)
     found = ACCELERATE.probe("cpu")
     assert not found.usable and "pip install 'vbench-kernels[peers]'" in found.reason
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_budget_is_the_allocators_and_running_out_is_typed() -> None:
+    """Eager torch runs out where the virtualised model computes the same bits."""
+    sizes: dict[str, Any] = {"family": "llama", "layers": 8, "width": 1024, "heads": 8, "inner": 2048, "vocab": 1024}
+    case = TRAIN_STEP.case(**sizes, batch=1, seq=64, gpu_bytes=120_000_000)
+    inputs = train_inputs(case, "cuda")
+    with pytest.raises(torch.OutOfMemoryError):
+        resolve(TORCH_NATIVE.ops["train_step"])(case, "eager", "cuda").bind(inputs, {})
+    torch.cuda.empty_cache()
+    expected = train_oracle(case, inputs, Numerics(), None)
+    launch = steps.make(case, "", "cuda").bind(inputs, {})
+    for _ in range(2):
+        found = launch()
+        assert found is not None
+        for name, want in expected.items():
+            assert torch.equal(found[name].to("cuda"), want.value), name

@@ -59,12 +59,13 @@ def test_no_part_begins_without_time_for_it(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_every_part_is_a_command_that_is_there(tmp_path: Path) -> None:
-    """And all of them together, as long as they are expected to take, fit the default limit."""
+    """And they fit the default limit as the docstring says: whole models alone, the others together."""
     systems = script("systems")
     text = systems.__doc__ or ""
     expected = {line.split()[0]: int(line.split()[-2]) for line in text.splitlines() if line.rstrip().endswith(" s")}
     known = systems.commands(tmp_path)
-    assert set(expected) == set(known) and sum(expected.values()) < 580
+    assert set(expected) == set(known)
+    assert max(expected["models"], sum(expected.values()) - expected["models"]) < 580
     for part, (argv, limit_s) in known.items():
         assert limit_s > expected[part]
         files = [word for word in argv if word.endswith(".py")]
@@ -83,7 +84,7 @@ def test_scenarios_are_on_disk_row_by_row(tmp_path: Path, monkeypatch: pytest.Mo
         return {**row, "tokens_s": 10.0, "peak_bytes": 10**9, "seconds": 1.0}
 
     monkeypatch.setattr(scenarios, "run", run)
-    rows = (("a free", []), ("dies", []), ("c free", []))
+    rows: tuple[tuple[str, list[str]], ...] = (("a free", []), ("dies", []), ("c free", []))
     with pytest.raises(KeyboardInterrupt):
         scenarios.main(["--out", str(tmp_path)], rows)
     kept = json.loads((tmp_path / "scenarios.json").read_text(encoding="utf-8"))

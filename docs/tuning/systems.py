@@ -8,6 +8,9 @@ Parts, each a process of its own with its time limit; what a part wrote before i
     scenarios  the document's three scenarios under 8 and 24 GB                                   90 s
     overhead   a fully resident tiered stack against the plain one, in pairs of processes        100 s
     large      54 GB forward and backward under 8 GiB against all-resident, 101 GiB of host      120 s
+    models     train_step of whole models under 8 and 24 GB and without: virtual, eager, fsdp2   240 s
+
+All but ``models`` fit a call of ten minutes, and ``models`` fits one of its own.
 
 Prints one line a part at the end, and writes them to DIR/systems.json as parts end, with one for the part that is
 running: a run that is cut off says where. After ``--limit-s`` no part begins, and none may run on past it. Exit code 1
@@ -33,9 +36,9 @@ def commands(out: Path) -> dict[str, tuple[list[str], float]]:
     """Part -> its command and the seconds it may take."""
     here, vbench = Path(__file__).parent, ["-m", "vbench"]
     resident = f"offload_pass[mode=forward,layers=12,width=8192,tokens=1024,gpu_bytes={4 * GIB}]"
-    tests = [f"tests/{name}.py" for name in ("test_tiers", "test_tiered_codec", "test_tiered_module")]
+    tests = [f"tests/{name}.py" for name in ("test_tiers", "test_tiered_codec", "test_virtualize", "test_model_steps")]
     return {
-        "tests": (["-m", "pytest", "-q", "-rs", *tests, "-k", "gpu or device or cuda"], 90),
+        "tests": (["-m", "pytest", "-q", "-rs", *tests, "-k", "on_a_gpu or on_a_device"], 90),
         "codec": ([str(here / "tier_codec.py"), "--out", str(out)], 90),
         "estimator": ([str(here / "estimator.py"), "--out", str(out), "--limit-s", "60"], 100),
         "scenarios": ([str(here / "scenarios.py"), "--out", str(out), "--limit-s", "80"], 120),
@@ -45,6 +48,11 @@ def commands(out: Path) -> dict[str, tuple[list[str], float]]:
             130,
         ),
         "large": ([str(here / "tier_54gb.py"), "--out", str(out)], 180),
+        "models": (
+            [*vbench, "run", "--suite", "model", "--op", "train_step", "--backend", "virtual", "--backend",
+             "torch_native", "--effort", "standard", "--device", "cuda", "--out", str(out / "runs")],
+            300,
+        ),
     }  # fmt: skip
 
 
