@@ -246,6 +246,7 @@ def test_our_ledger_is_whole(ours: Ledger) -> None:
     assert len(ours.arithmetic_ids) >= 15
     assert all(c.line for c in ours.claims)
     for claim in ours.claims:
+        assert claim.stated or claim.restated or claim.open, f"{claim.id}: nothing decides it and no word says why"
         if claim.restated is not None:
             assert "cublas" not in claim.restated.over or any(
                 dtype in claim.restated.sentence for dtype in ("bf16", "fp16", "fp32")
