@@ -33,7 +33,7 @@ def extended_inputs(case: Case, device: str) -> dict[str, Any]:
     """``q``, ``k``, ``v`` as of ``attention``, and what the features need.
 
     ``slopes`` fp32 [hq]: 2^(-8 (h + 1) / hq), the paper's. ``sink`` fp32 [hq]: standard normal, plus 1. ``mask``, see
-    ``ops.attention_extended.MASKS``, of the case's dtype. ``cu_q``, ``cu_k`` int32 [packed + 1].
+    ``ops.attention_extended.EXTENDED_MASKS``, of the case's dtype. ``cu_q``, ``cu_k`` int32 [packed + 1].
     """
     inputs = attention_inputs(case, device)
     b, hq, sq, sk = (case.axis(name) for name in ("b", "hq", "sq", "sk"))

@@ -26,6 +26,8 @@ BACKEND = DeclaredBackend(
         "int8_linear": "vbench.reference.kernels:make_int8_linear",
         "svd": "vbench.reference.kernels:make_svd",
         "elementwise_chain": "vbench.reference.kernels:make_chain",
+        "train_step": "vbench.reference.model_kernels:make",
+        "generate": "vbench.reference.model_kernels:make",
     },
     timed=False,
 )

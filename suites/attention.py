@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from vbench.reference.ops.attention import ATTENTION, ATTENTION_BACKWARD, ATTENTION_DISTRIBUTIONS
 from vbench.reference.ops.attention_extended import ATTENTION_EXTENDED, ATTENTION_EXTENDED_BACKWARD
+from vbench.reference.ops.masked import MASKED_BACKWARD, MASKS
 from vbench.reference.ops.types import DTYPES
 from vbench.spec import BenchCase, Case, Generated, Op, Suite
 from vbench.suites.data import REGRESSIONS, WAIVERS
@@ -209,6 +210,16 @@ def _benches() -> tuple[BenchCase, ...]:
     return tuple(out)
 
 
+def _masked_checks() -> tuple[Case, ...]:
+    op = MASKED_BACKWARD
+    return (
+        *(op.case(dtype=dtype, mask=mask, h=2, sq=17, sk=24, d=16) for dtype, mask in product(DTYPES, MASKS)),
+        # A shift of every score under which cuDNN's dq was NaN (pytorch issue 196678), and lengths at which it was not.
+        *(op.case(mask="shift", h=2, sq=s, sk=s, d=64) for s in (128, 192, 256, 320)),
+        op.case(h=1, sq=0, sk=8, d=16),
+    )
+
+
 #: What a kernel is compiled for; strides are multiples of head counts.
 COMPILED_FOR = ("dtype", "causal", "layout", "hq", "hk", "d")
 EXTENDED_FOR = (*COMPILED_FOR, "alibi", "sinks", "mask", "packed")
@@ -219,18 +230,20 @@ SUITE = Suite(
         "attention forward with log-sum-exp, and backward: both causal alignments, grouped heads, masked rows, "
         "strides; 16k-token sweep"
     ),
-    checks=_checks() + _backward_checks() + _extended_checks(),
+    checks=_checks() + _backward_checks() + _masked_checks() + _extended_checks(),
     generated=(
         Generated("vbench.suites.strategies:attention_cases", (15, 100, 1000), COMPILED_FOR),
         Generated("vbench.suites.strategies:attention_backward_cases", (12, 100, 1000), (*COMPILED_FOR, "dlse")),
         Generated("vbench.suites.strategies:extended_attention_cases", (6, 60, 600), EXTENDED_FOR),
         Generated("vbench.suites.strategies:extended_attention_backward_cases", (6, 60, 600), (*EXTENDED_FOR, "dlse")),
+        Generated("vbench.suites.strategies:attention_masked_backward_cases", (12, 60, 400)),
     ),
     searched=(
         Generated("vbench.suites.strategies:large_attention_cases", (0, 0, 0), COMPILED_FOR, "cuda"),
         Generated(
             "vbench.suites.strategies:large_attention_backward_cases", (0, 0, 0), (*COMPILED_FOR, "dlse"), "cuda"
         ),
+        Generated("vbench.suites.strategies:large_attention_masked_backward_cases", (0, 0, 0), device="cuda"),
     ),
     benches=_benches(),
     regressions=REGRESSIONS,

@@ -15,8 +15,8 @@ from vbench.reference.ops.attention import ATTENTION, ATTENTION_BACKWARD, ATTENT
 from vbench.reference.ops.attention_extended import (
     ATTENTION_EXTENDED,
     ATTENTION_EXTENDED_BACKWARD,
+    EXTENDED_MASKS,
     MASK_AXES,
-    MASKS,
 )
 from vbench.reference.ops.fetch import FETCH_DISTRIBUTIONS, RAW, TIER_FETCH
 from vbench.reference.ops.fp4 import (
@@ -30,6 +30,7 @@ from vbench.reference.ops.fp4 import (
     decoded_as,
 )
 from vbench.reference.ops.int8 import ACT_QUANTS, INT8_DISTRIBUTIONS, INT8_LINEAR
+from vbench.reference.ops.masked import MASKED_BACKWARD, MASKS
 from vbench.reference.ops.tiers import TIER_STACK
 from vbench.reference.ops.types import DTYPES
 from vbench.spec import Case, Frame, Op, size_class
@@ -170,7 +171,7 @@ def _features(draw: st.DrawFn, frame: Frame | None) -> dict[str, Any]:
     return {
         "alibi": _size(draw, frame, "alibi", range(2)),
         "sinks": _size(draw, frame, "sinks", range(2)),
-        "mask": _choice(draw, frame, "mask", ("none", *MASKS)),
+        "mask": _choice(draw, frame, "mask", ("none", *EXTENDED_MASKS)),
         "maskdims": draw(st.sampled_from(MASK_AXES)),
         "packed": _size(draw, frame, "packed", (0, 0, 0, 1, 2, 5)),
     }
@@ -239,6 +240,34 @@ def extended_attention_cases(frame: Frame | None = None) -> SearchStrategy[Case]
 def extended_attention_backward_cases(frame: Frame | None = None) -> SearchStrategy[Case]:
     """attention_extended_backward: as the forward, with and without a gradient of lse."""
     return _attention(ATTENTION_EXTENDED_BACKWARD, frame, 40, _SMALL_HEADS)
+
+
+@st.composite
+def _masked(draw: st.DrawFn, lengths: SearchStrategy[int], head_dims: tuple[int, ...]) -> Case:
+    values: dict[str, Any] = {
+        "dtype": draw(st.sampled_from(DTYPES)),
+        "mask": draw(st.sampled_from(MASKS)),
+        "b": draw(st.integers(1, 2)),
+        "h": draw(st.integers(1, 3)),
+        "sq": draw(lengths),
+        "sk": draw(lengths),
+        "d": draw(st.sampled_from(head_dims)),
+    }
+    if draw(st.integers(1, BAD_ONE_IN)) == BAD_ONE_IN:
+        values |= draw(st.sampled_from(({"sq": 0}, {"sk": 0}, {"d": 0}, {"h": 0})))
+    return MASKED_BACKWARD.case(seed=draw(_seeds), **values)
+
+
+def attention_masked_backward_cases() -> SearchStrategy[Case]:
+    """attention_masked_backward: every mask; sq, sk <= 32: a block of rows of torch's kernel for CPUs, which rounds dv
+    between blocks."""
+    return _masked(st.integers(2, 32), (8, 16, 32))
+
+
+def large_attention_masked_backward_cases() -> SearchStrategy[Case]:
+    """attention_masked_backward for a GPU: multiples of 64 up to 320, on which fused kernels have paths of their own,
+    and any length up to that."""
+    return _masked(st.one_of(st.sampled_from((64, 128, 192, 256, 320)), st.integers(2, 320)), (16, 64, 128))
 
 
 @st.composite

@@ -41,7 +41,7 @@ def differing(text: str) -> list[str]:
     for metric, values, cell in figures(text):
         if values["dist"] == "trained":
             values["k"] = next(str(k) for n, k in TRAINED_SHAPES if str(n) == values["n"])
-        case = FP4_QUANTIZE.case(**values)
+        case = FP4_QUANTIZE.parse(f"fp4_quantize[{','.join(f'{k}={v}' for k, v in values.items())}]")
         if case.id not in found:
             inputs = quantize_inputs(case, "cpu")
             found[case.id] = quantize_metrics(case, inputs, quantize(case.text("fmt"), inputs["w"]), {})

@@ -63,6 +63,8 @@ def violations(area: str, path: Path) -> list[str]:
         bad += sorted(outside(everywhere, CONTRACT | {"vbench.controls", "vbench.reference", *TAMPERED}))
     elif area == "virtual":
         bad += sorted(outside(everywhere, CONTRACT | {"vbench.kernels"}))
+    elif area == "fp4_linear":
+        bad += sorted(outside(everywhere, CONTRACT | {"vbench.kernels.fp4_linear", "vbench.kernels.triton"}))
     else:
         bad += sorted(outside(everywhere, CONTRACT | {f"vbench.kernels.{area}"}))
     return bad
@@ -104,6 +106,9 @@ def test_arrows(area: str, path: Path) -> None:
         ("virtual", "import vbench.runner"),
         ("virtual", "from vbench.reference import fp4"),
         ("tiers", "from vbench.kernels.virtual import shapes"),
+        ("triton", "from vbench.kernels.fp4_linear import FP4Linear"),
+        ("fp4_linear", "from vbench.kernels.peers import dense_linear"),
+        ("fp4_linear", "from vbench.reference import fp4"),
     ],
 )
 def test_a_forbidden_arrow_is_seen(tmp_path: Path, area: str, code: str) -> None:

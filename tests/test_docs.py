@@ -75,9 +75,13 @@ def test_a_command_that_cannot_work_is_seen() -> None:
 def test_every_command_in_a_document_is_executed_or_vouched_for(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = path.read_text(encoding="utf-8")
     for language, body in re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
-        assert language in ("console", "sh", "toml"), f"a block of {language!r} is neither executed nor vouched for"
+        assert language in ("console", "sh", "toml", "python"), (
+            f"a block of {language!r} is neither executed nor vouched for"
+        )
         if language == "console":
             assert path.name == "README.md", "executed below for the README only"
+        elif language == "python":
+            exec(compile(body, path.name, "exec"), {})
         elif language == "sh":
             assert [line for line in body.splitlines() if line.strip() and not vouched(line)] == []
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)

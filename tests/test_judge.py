@@ -243,6 +243,26 @@ def test_a_baseline_may_run_another_dtype() -> None:
         ledger(over="triton")
 
 
+def test_a_quiet_parameter_that_is_left_out_is_selected_as_such() -> None:
+    """Cases with it, whose ids are longer, are no cells of a claim without it, nor the other way round."""
+    select = 'op = "fp4_linear", fmt = "nvfp4", x = "bf16", n = 64, m = [1, 4], loud = "unsaid"'
+    plain = {m: linear_case(m=m) for m in (1, 4)}
+    loud = {m: case.replace("]", ",loud=on]") for m, case in plain.items()}
+    records = [timed("triton", 1e-5, case=case) for case in plain.values()]
+    records += [timed("triton", 1e-6, case=case) for case in loud.values()]
+    records += [timed("torch_native[cublas_bf16]", 1e-5 * ratio, case=plain[m]) for m, ratio in ((1, 5.0), (4, 3.0))]
+    found = restated(ledger(select=select, reduce="min over m"), records)
+    assert found.word == "SUPPORTED" and found.value == pytest.approx(3.0)
+    # The kernel with it against the baseline without.
+    book = ledger(
+        select=select.replace("unsaid", "on"), over_select='over_select = {loud = "unsaid"}', reduce="min over m"
+    )
+    assert restated(book, records).value == pytest.approx(30.0)
+    # control: where select does not say, both are read
+    careless = ledger(select=select.replace(', loud = "unsaid"', ""), reduce="min over m")
+    assert restated(careless, records).word == "INCONCLUSIVE"
+
+
 def int8_case(m: int, quant: str = "row127") -> str:
     return f"int8_linear[x=bf16,act_quant={quant},m={m},n=64,k=64]"
 

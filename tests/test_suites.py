@@ -47,11 +47,15 @@ def op_of(case: Case) -> Op:
 def elements(case: Case) -> int:
     """The work of a check case, roughly: what an interpreter pays for."""
     if case.op.startswith("attention"):
-        return case.axis("b") * case.axis("hq") * case.axis("sq") * case.axis("sk") * case.axis("d")
+        heads = case.axis("h" if case.op == "attention_masked_backward" else "hq")
+        return case.axis("b") * heads * case.axis("sq") * case.axis("sk") * case.axis("d")
     if case.op == "tier_stack":
         return case.axis("steps") * case.axis("item_bytes")
     if case.op == "offload_pass":
         return case.axis("layers") * case.axis("width") ** 2
+    if case.op in ("train_step", "generate"):
+        tokens = case.axis("batch") * case.axis("seq") * (case.axis("new") if case.op == "generate" else 3)
+        return tokens * case.axis("layers") * case.axis("width") * case.axis("inner")
     if case.op == "decoder_block":
         return 4 * case.axis("b") * case.axis("s") * case.axis("hidden") * max(case.axis("hidden"), case.axis("inner"))
     if case.op == "svd":
@@ -110,7 +114,9 @@ def test_quick_is_small_and_standard_adds(suite: Suite) -> None:
 
 def test_model_quick_is_one_layer() -> None:
     quick = [bench for bench in model.SUITE.benches if bench.effort == "quick"]
-    assert [(b.case.axis("n"), b.case.axis("k"), b.case.axis("m")) for b in quick] == [(14336, 4096, 1)]
+    layers = [b.case for b in quick if b.case.op not in ("train_step", "generate")]
+    assert [(c.axis("n"), c.axis("k"), c.axis("m")) for c in layers] == [(14336, 4096, 1)]
+    assert {b.case.op for b in quick} == {"fp4_linear", "train_step", "generate"}
 
 
 def test_check_cases_cover_formats_epilogues_alignments_and_masked_rows() -> None:
@@ -141,14 +147,19 @@ def test_check_cases_are_small_but_for_the_metric_ones() -> None:
     blocks = [case for case in model.SUITE.checks if case.op == "decoder_block"]
     assert len(blocks) <= 30 and all(elements(case) < 1_000_000 for case in blocks)
     # Head dims that only kernels for matrix units take, with lengths past one tile.
-    plain = [case for case in attention.SUITE.checks if not case.op.startswith("attention_extended")]
-    units = [case for case in plain if case.axis("d") >= 64 and case.axis("sq") < 256]
+    wide = [case for case in attention.SUITE.checks if case.axis("d") >= 64]
+    # The lengths at which a fused backward of another's was wrong, and those beside them.
+    masked = [case for case in wide if case.op == "attention_masked_backward"]
+    assert len(masked) == 4 and all(case.text("mask") == "shift" for case in masked)
+    shifted = [case for case in wide if case.op == "attention_extended_backward"]
+    assert len(shifted) == 3 and all(case.text("mask") == "shifted" for case in shifted)
+    units = [case for case in wide if case not in masked + shifted and case.axis("sq") < 256]
     assert len(units) == 2 * len(attention.MATRIX_UNIT_SHAPES) <= 8
     assert all(elements(case) < 1_100_000 for case in units)
-    # Lengths at which a fused backward went wrong.
-    shifted = [case for case in attention.SUITE.checks if "mask=shifted" in case.id and case.axis("d") == 64]
-    assert len(shifted) == len(attention.SHIFTED_LENGTHS) == 3
-    small = {*blocks, *units, *shifted}
+    # No interpreter runs these: torch's own matrix products do.
+    whole = [case for case in model.SUITE.checks if case.op in ("train_step", "generate")]
+    assert len(whole) <= 40 and all(elements(case) < 200_000 for case in whole)
+    small = {*blocks, *units, *whole, *masked, *shifted}
     large = [case for suite in SUITES for case in suite.checks if case not in small and elements(case) > 70_000]
     assert len(large) == len(ENCODINGS) * (len(fp4.METRIC_DISTRIBUTIONS) + 1) + 2 + 4 + 2
     metric_sizes = ("n=512,k=512", "n=512,k=2048", "sq=256,sk=256", "item_bytes=4096")

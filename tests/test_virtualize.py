@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -79,6 +80,33 @@ def test_outputs_are_those_of_the_decoded_weights(shape: ModelShape, dtype: torc
         assert model.head.weight is model.embedding.weight if shape.tied else True
     assert same(before, snapshot(model)) and torch.equal(model(ids()), original)
     handle.undo()  # again: nothing
+
+
+@SHAPES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp4_linear_takes_the_place_too(shape: ModelShape, dtype: torch.dtype) -> None:
+    """On a CPU its engine is plain torch, so the same bits; another format; state, gradients and undo as before."""
+    model = make(shape, dtype)
+    for site in find_linears(model):
+        site.weight.requires_grad_(site.tied)
+    twin, before = decoded(model), snapshot(model)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with virtualize(model, Plan(linear="fused")) as handle:
+        for one in (model, twin):
+            one(ids(), ids(1)).backward()
+        theirs = dict(twin.named_parameters())
+        for name, p in model.named_parameters():
+            mine, expected = p.grad, theirs[name].grad
+            assert mine is not None and expected is not None and torch.equal(mine, expected), name
+        now = model.state_dict()
+        assert list(now) == list(state) and all(torch.equal(now[name], state[name]) for name in state)
+        assert sum(row.device_bytes for row in handle.rows()) == sum(b.nbytes for b in model.buffers())
+        model.load_state_dict({name: value * 1.5 for name, value in state.items()})
+        model.load_state_dict(state)
+    model.zero_grad()
+    assert same(before, snapshot(model))
+    with virtualize(model, Plan(linear="fused", format="absmax7_row")), torch.no_grad():
+        assert not torch.equal(model(ids()), twin(ids()))
 
 
 @SHAPES
@@ -194,6 +222,32 @@ def test_a_state_dict_loaded_meanwhile_is_encoded_and_stays_after_undo() -> None
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
+def test_threads_and_copies_decode_their_own_weights() -> None:
+    """Layers of one shape share a place to decode to, a thread each; a copy of the model has codes of its own."""
+    model = make(LLAMA)
+    expected = [decoded(model)(ids(i)).detach() for i in range(4)]
+    wrong: list[int] = []
+
+    def run(i: int) -> None:
+        with torch.no_grad():
+            wrong.extend(i for _ in range(20) if not torch.equal(model(ids(i)), expected[i]))
+
+    with virtualize(model, ALL):
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+        twin = copy.deepcopy(model)
+        other = make(LLAMA)
+        with torch.no_grad():
+            for p in other.parameters():
+                p.mul_(1.5)
+        model.load_state_dict(other.state_dict())
+        assert torch.equal(twin(ids()), expected[0]) and torch.equal(model(ids()), decoded(other)(ids()))
+
+
 def test_gpt2_xl_has_193_linear_layers_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = LanguageModel(PRESETS["gpt2-xl"])
@@ -243,7 +297,7 @@ def test_refusals_name_the_rule_and_change_nothing() -> None:
     assert rule(nn.Sequential(hooked)) == "hooked"
     small = Budget(gpu=8, pinned=1 << 20, activations=0)
     refused(nn.Sequential(nn.Linear(16, 4), nn.LayerNorm(4)), Plan(fp4="all", budget=small), BudgetError)
-    for plan in (Plan(fp4="some"), Plan(attention="flash"), Plan(keep=("7",))):  # type: ignore[arg-type]
+    for plan in (Plan(fp4="some"), Plan(attention="flash"), Plan(keep=("7",)), Plan(format="nf4")):  # type: ignore[arg-type]
         refused(nn.Sequential(nn.Linear(16, 4)), plan, UsageError)
     refused(nn.ReLU(), ALL, UsageError)
     model = nn.Sequential(nn.Linear(16, 4), nn.LayerNorm(4))
@@ -264,3 +318,40 @@ def test_dropout_is_refused_by_the_replaced_attention() -> None:
     with virtualize(model, Plan(fp4="none", attention="triton")), pytest.raises(Unsupported) as refused:
         model(ids())
     assert refused.value.rule == "dropout"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("budgeted", [False, True])
+def test_on_a_gpu_codes_and_streams_change_no_bit(budgeted: bool) -> None:
+    """Triton decodes there; what is no linear layer is streamed; undo brings every weight back to where it was."""
+    shape = replace(LLAMA, width=256, heads=4, kv_heads=4, head_dim=64, inner=512, layers=4, vocabulary=512, context=64)
+    model = make(shape, torch.bfloat16)
+    twin = decoded(model).to("cuda")
+    model.to("cuda")
+    before = [(name, id(p), p.device.type, p.detach().cpu()) for name, p in model.named_parameters()]
+    budget = Budget(gpu=1 << 23, pinned=1 << 24, activations=1 << 20) if budgeted else None
+    x = ids(vocabulary=512).to("cuda")
+    with virtualize(model, Plan(fp4="all", budget=budget)), torch.no_grad():
+        for _ in range(5):
+            assert torch.equal(model(x), twin(x))
+    after = [(name, id(p), p.device.type, p.detach().cpu()) for name, p in model.named_parameters()]
+    for old, new in zip(before, after, strict=True):
+        assert old[:2] == new[:2] and torch.equal(old[3], new[3])
+        assert budgeted or old[2] == new[2]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("choice", ["triton", "gluon"])
+def test_on_a_gpu_attention_is_ours(choice: Any) -> None:
+    shape = replace(GPT, width=256, heads=4, kv_heads=4, head_dim=64, inner=512, vocabulary=512, context=256)
+    if choice == "gluon" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the Gluon kernels are for Hopper")
+    model = make(shape, torch.bfloat16).to("cuda")
+    x = torch.randint(0, 512, (2, 256), device="cuda")
+    with torch.no_grad():
+        without = model(x)
+        with virtualize(model, Plan(fp4="none", attention=choice)):
+            out = model(x)
+    assert not torch.equal(out, without)
+    # bf16 keeps 8 bits; the two differ by roundings of the attention's output, carried through two blocks.
+    assert (out - without).float().norm() / without.float().norm() < 2.0**-5

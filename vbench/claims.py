@@ -38,6 +38,9 @@ CLASS_PATTERN = re.compile(r"cpu|any|sm_[0-9]+[a-z]?")
 #: Cards a document may have measured on -> text that stands in the environment's ``gpu`` of records made there.
 NAMED_HARDWARE: Mapping[str, str] = {"none": "", "rtx3070": "RTX 3070", "rtx3090": "RTX 3090"}
 
+#: What ``select`` says of a quiet parameter at its default, which the ids of cases leave out (``vbench.spec.Param``).
+UNSAID = "unsaid"
+
 REDUCERS = ("min", "max", "median", "mean")
 Reducer = Literal["min", "max", "median", "mean"]
 
@@ -112,7 +115,7 @@ class Restated:
             or ``metrics.NAME``; ``""`` for ``fraction_passed``.
         kind: kind of record to read, ``check`` or ``time``.
         backend, over: ``name`` or ``name[variant]``; ``over`` only with ``ratio``.
-        select: ``op`` and parameter -> admitted values, as text. All values must be met.
+        select: ``op`` and parameter -> admitted values, as text (``UNSAID``: a quiet one left out). All must be met.
         over_select: parameters in which ``over`` runs another case than ``backend``, with the value it runs (a float32
             baseline against a bfloat16 kernel: ``{x = "fp32"}``); ``select`` gives the same parameter one value. With
             ``over_op`` also parameters that only that operation has.

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vbench import student
-from vbench.claims import NAMED_HARDWARE, Claim, Holds, Ledger, Reduction, Restated, arithmetic_metrics
+from vbench.claims import NAMED_HARDWARE, UNSAID, Claim, Holds, Ledger, Reduction, Restated, arithmetic_metrics
 from vbench.record import EXCUSED, Outcome, Record
 
 __all__ = [
@@ -280,7 +280,7 @@ def _asked(restated: Restated, who: str, case_id: str) -> bool:
     # Another operation lacks some of the parameters that select names.
     other = _op_of(restated, who) != restated.op
     lacking = set(wanted) - set(params) - set(restated.over_select) if other else set()
-    return all(params.get(name) in values for name, values in wanted.items() if name not in lacking)
+    return all(params.get(name, UNSAID) in values for name, values in wanted.items() if name not in lacking)
 
 
 class _Pool:
@@ -470,10 +470,10 @@ def _cells(
 def _aligned(restated: Restated, who: str, case_id: str) -> str:
     """The case of ``backend`` that a case of ``over`` is set against: the same but for ``over_select``.
 
-    Where ``over`` runs another operation, both sides are named by the parameters of ``backend``'s, in one order: what
-    only the other has goes, and what it lacks is as selected.
+    Where ``over`` runs another operation, or leaves out a quiet parameter, both sides are named by the parameters of
+    ``backend``'s, in one order: what only the other has goes, and what it lacks is as selected.
     """
-    if restated.over_op != restated.op:
+    if restated.over_op != restated.op or UNSAID in restated.over_select.values():
         params = dict(case_params(case_id)[1])
         if who == restated.over:
             chosen = {k: v[0] for k, v in restated.select.items() if k not in params or k in restated.over_select}
@@ -507,7 +507,7 @@ def _combinations(restated: Restated) -> Iterable[dict[str, str]]:
 
 def _matches(case_id: str, wanted: Mapping[str, str]) -> bool:
     params = case_params(case_id)[1]
-    return all(params.get(name) == value for name, value in wanted.items())
+    return all(params.get(name, UNSAID) == value for name, value in wanted.items())
 
 
 def _interval(values: Sequence[float], seconds: bool, level: float, cells: int) -> _Interval:

@@ -8,13 +8,19 @@ Parts, each a process of its own with its time limit; what a part wrote before i
     scenarios  the document's three scenarios under 8 and 24 GB                                   90 s
     overhead   a fully resident tiered stack against the plain one, in pairs of processes        100 s
     large      54 GB forward and backward under 8 GiB against all-resident, 101 GiB of host      120 s
+    models     train_step of whole models under 8 and 24 GB and without: virtual, eager, fsdp2   240 s
 
-Prints one line a part at the end. Exit code 1 if any part failed or ran out of time.
+All but ``models`` fit a call of ten minutes, and ``models`` fits one of its own.
+
+Prints one line a part at the end, and writes them to DIR/systems.json as parts end, with one for the part that is
+running: a run that is cut off says where. After ``--limit-s`` no part begins, and none may run on past it. Exit code 1
+if any part failed, ran out of time or was left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -30,9 +36,9 @@ def commands(out: Path) -> dict[str, tuple[list[str], float]]:
     """Part -> its command and the seconds it may take."""
     here, vbench = Path(__file__).parent, ["-m", "vbench"]
     resident = f"offload_pass[mode=forward,layers=12,width=8192,tokens=1024,gpu_bytes={4 * GIB}]"
-    tests = [f"tests/{name}.py" for name in ("test_tiers", "test_tiered_codec", "test_tiered_module")]
+    tests = [f"tests/{name}.py" for name in ("test_tiers", "test_tiered_codec", "test_virtualize", "test_model_steps")]
     return {
-        "tests": (["-m", "pytest", "-q", "-rs", *tests, "-k", "gpu or device or cuda"], 90),
+        "tests": (["-m", "pytest", "-q", "-rs", *tests, "-k", "on_a_gpu or on_a_device"], 90),
         "codec": ([str(here / "tier_codec.py"), "--out", str(out)], 90),
         "estimator": ([str(here / "estimator.py"), "--out", str(out), "--limit-s", "60"], 100),
         "scenarios": ([str(here / "scenarios.py"), "--out", str(out), "--limit-s", "80"], 120),
@@ -42,6 +48,11 @@ def commands(out: Path) -> dict[str, tuple[list[str], float]]:
             130,
         ),
         "large": ([str(here / "tier_54gb.py"), "--out", str(out)], 180),
+        "models": (
+            [*vbench, "run", "--suite", "model", "--op", "train_step", "--backend", "virtual", "--backend",
+             "torch_native", "--effort", "standard", "--device", "cuda", "--out", str(out / "runs")],
+            300,
+        ),
     }  # fmt: skip
 
 
@@ -67,29 +78,50 @@ def run(part: str, argv: list[str], limit_s: float, out: Path) -> tuple[str, int
 LINES = 14
 
 
+#: A part is left out rather than begun with less than this.
+LEAST_S = 15.0
+
+
+def write(out: Path, table: list[dict[str, object]]) -> None:
+    """``systems.json``, anew and whole: a process that is killed leaves the one before or this one."""
+    draft = out / "systems.json.tmp"
+    draft.write_text(json.dumps({"parts": table}, indent=1) + "\n", encoding="utf-8")
+    draft.replace(out / "systems.json")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts asked for, all by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help="which, in this order (all)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything is written")
+    parser.add_argument("--limit-s", type=float, default=580.0, metavar="S", help="for all parts together (580)")
     given = parser.parse_args(argv)
     given.out.mkdir(parents=True, exist_ok=True)
     known = commands(given.out.resolve())
     unknown = [part for part in given.parts if part not in known]
     if unknown:
         parser.error(f"no part {unknown[0]!r}: one of {', '.join(known)}")
-    table = []
+    table: list[dict[str, object]] = []
+    end = time.monotonic() + given.limit_s
     for part in given.parts or known:
         command, limit_s = known[part]
         start = time.monotonic()
-        said, code = run(part, command, limit_s, given.out)
-        took_s = time.monotonic() - start
+        row: dict[str, object] = {"part": part, "ended": "running", "seconds": 0.0, "exit_code": None}
+        table.append(row)
+        if end - start < LEAST_S:
+            row["ended"] = "left out: no time"
+            continue
+        write(given.out, table)
+        said, code = run(part, command, min(limit_s, end - start), given.out)
+        row["seconds"] = time.monotonic() - start
+        row["exit_code"] = code
+        row["ended"] = "out of time" if code is None else f"exit code {code}"
+        write(given.out, table)
         print(f"== {part} ==\n{said}\n", flush=True)
-        word = "out of time" if code is None else f"exit code {code}"
-        table.append((part, word, took_s, code == 0))
-    for part, word, took_s, _ in table:
-        print(f"{part:10} {took_s:6.1f} s  {word}", flush=True)
-    return int(not all(good for *_, good in table))
+    write(given.out, table)
+    for row in table:
+        print(f"{row['part']:10} {row['seconds']:6.1f} s  {row['ended']}", flush=True)
+    return int(any(row["exit_code"] != 0 for row in table))
 
 
 if __name__ == "__main__":

@@ -135,17 +135,21 @@ def placement(handle: Tiered) -> dict[str, Any]:
     return {name: value for name, value in handle.plan().items() if name != "units"}
 
 
-def host_free_bytes() -> int:
-    """What the kernel, and the control group, have left for this process; a huge number where neither tells."""
+def host_free_bytes(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int:
+    """What the kernel, and the control group, have left for this process; a huge number where neither tells.
+
+    What the group holds of files that nobody reads counts as free, as in the kernel's MemAvailable: it gives that up
+    before it runs out.
+    """
     free = [sys.maxsize]
-    meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="ascii"))
         free += [int(found.group(1)) * 1024] if found else []
-    limits = [Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current")]
+    limits = [group / name for name in ("memory.max", "memory.current", "memory.stat")]
     if all(path.is_file() for path in limits):
-        most, used = (path.read_text(encoding="ascii").strip() for path in limits)
-        free += [int(most) - int(used)] if most.isdigit() else []
+        most, used, stat = (path.read_text(encoding="ascii").strip() for path in limits)
+        cached = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)
+        free += [int(most) - int(used) + (int(cached.group(1)) if cached else 0)] if most.isdigit() else []
     return min(free)
 
 

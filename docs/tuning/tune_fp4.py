@@ -1,7 +1,9 @@
 """Tuning of the FP4 kernels on a GPU: check and time variants, print ratios.
 
-    python docs/tuning/tune_fp4.py bench FOLDER [SECONDS]
-    python docs/tuning/tune_fp4.py compile
+    python docs/tuning/tune_fp4.py bench --out FOLDER [--seconds S] [--checks S] [CELLS]
+    python docs/tuning/tune_fp4.py compile [CELLS]
+
+    CELLS: [--cells NxK:M,M... ...] [--formats FORMAT ...]; without them, everything.
 
 ``bench`` first compiles every variant in parallel processes (they meet again in Triton's disk cache) and runs check
 cases of all formats through the dispatch tables. Then each regime of token counts runs in a process of its own, so that
@@ -14,6 +16,7 @@ Not part of any backend: nothing here is imported by a kernel.
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import statistics
@@ -21,7 +24,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -41,12 +44,46 @@ ROTATE_BYTES = 320 << 20
 # ---------------------------------------------------------------- measure
 
 REGIMES: dict[str, tuple[int, ...]] = {"few": (4, 16), "mid": (32, 64), "many": (256, 1024, 4096)}
-#: n, k, formats of each regime
-CELLS: tuple[tuple[int, int, tuple[str, ...]], ...] = (
-    (14336, 4096, ("absmax7_row", "nvfp4", "mxfp4", "absmax7_g128", "nf4")),
-    (4096, 14336, ("absmax7_row", "nvfp4", "mxfp4", "absmax7_g128")),
-    (4096, 4096, ("absmax7_row", "nvfp4")),
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """Layers of n x k that are timed with each token count of ``ms`` (all regimes' if None), in ``formats``."""
+
+    n: int
+    k: int
+    formats: tuple[str, ...]
+    ms: tuple[int, ...] | None = None
+
+    def tokens(self, regime: str) -> tuple[int, ...]:
+        """The regime's token counts that are timed here."""
+        return tuple(m for m in REGIMES[regime] if self.ms is None or m in self.ms)
+
+
+CELLS = (
+    Cells(14336, 4096, ("absmax7_row", "nvfp4", "mxfp4", "absmax7_g128", "nf4")),
+    Cells(4096, 14336, ("absmax7_row", "nvfp4", "mxfp4", "absmax7_g128")),
+    Cells(4096, 4096, ("absmax7_row", "nvfp4")),
 )
+
+
+def parse_cells(text: str) -> Cells:
+    """``NxK:M,M...`` in the formats that CELLS has for the layer, or all.
+
+    Raises:
+        argparse.ArgumentTypeError: another form, or a token count that no regime has.
+    """
+    try:
+        layer, tokens = text.split(":")
+        n, k = (int(part) for part in layer.split("x"))
+        ms = tuple(int(part) for part in tokens.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NxK:M,M..., as 14336x4096:64,256") from None
+    known = {m for regime in REGIMES.values() for m in regime}
+    if not known.issuperset(ms):
+        raise argparse.ArgumentTypeError(f"{text!r}: token counts are {', '.join(map(str, sorted(known)))}")
+    formats = next((c.formats for c in CELLS if (c.n, c.k) == (n, k)), CELLS[0].formats)
+    return Cells(n, k, formats, ms)
 
 
 def candidates(m: int, n: int, k: int, fmt: str) -> list[Plan]:
@@ -62,6 +99,11 @@ def candidates(m: int, n: int, k: int, fmt: str) -> list[Plan]:
             for bn, warps, stages in fused
             for walk in ((False, True) if bn == 64 else (True,))
         ]
+        if m > 32:
+            plans = [plan for plan in plans if (plan.bn, plan.warps) != (128, 4)]  # spills
+            # Two sums of 256 x 64 do not fit a consumer's registers.
+            wide = () if fmt in ("absmax7_g128", "nf4") else ((256, 4), (256, 3))
+            plans += [Plan("gluon", bn, bm, 32, 12, stages, parts) for bn, stages in (*wide, (128, 6))]
         if m <= 16:
             plans.append(Plan("stationary", 16, max(8, bm), 16, 16, 1, parts, dependent=True))
         return plans
@@ -78,7 +120,7 @@ def candidates(m: int, n: int, k: int, fmt: str) -> list[Plan]:
             plans += [
                 Plan("gluon", bn, bm, 32, 12, stages, split, scaled=scaled, block_sums=fmt == "nf4") for split in splits
             ]
-    if m >= 1024:
+    if m >= 256:
         plans.append(Plan("dequant_cublas", 0, 0, 0, 0, 0, chunk=linear.DEQUANT_CHUNK))
     return plans
 
@@ -132,26 +174,27 @@ def _compile_one(job: tuple[str, int, int, int, Plan]) -> str:
     return ""
 
 
-def all_jobs() -> list[tuple[str, int, int, int, Plan]]:
+def all_jobs(cells: Sequence[Cells]) -> list[tuple[str, int, int, int, Plan]]:
     """One job for each kernel that must be compiled: format, m, n, k, plan."""
     jobs: dict[Any, tuple[str, int, int, int, Plan]] = {}
-    for n, k, formats in CELLS:
-        for fmt in formats:
-            for m in (m for ms in REGIMES.values() for m in ms):
+    for cell in cells:
+        n, k = cell.n, cell.k
+        for fmt in cell.formats:
+            for m in (m for regime in REGIMES for m in cell.tokens(regime)):
                 for plan in candidates(m, n, k, fmt):
                     if plan.path != "dequant_cublas":
                         jobs.setdefault((fmt, plan, k), (fmt, m, n, k, plan))
     return list(jobs.values())
 
 
-def compile_all() -> int:
+def compile_all(cells: Sequence[Cells]) -> int:
     """Every variant for sm_90 with no GPU: prints registers and spills. Exit code 1 on a failure."""
     from vbench import machine_code
     from vbench.kernels.triton import linear_aot
 
     failed = 0
     seen: set[Any] = set()
-    for fmt, _, _, k, plan in all_jobs():
+    for fmt, _, _, k, plan in all_jobs(cells):
         if (fmt, plan) in seen:
             continue
         seen.add((fmt, plan))
@@ -428,14 +471,16 @@ def bench_cell(
     return rows
 
 
-def bench_regime(regime: str, out: Path, deadline: float) -> None:
+def bench_regime(regime: str, cells: Sequence[Cells], out: Path, deadline: float) -> None:
     """All cells of a regime; appends rows to FOLDER/REGIME.jsonl as they come. Starts no cell after ``deadline``."""
     import torch
 
-    ms = REGIMES[regime]
     gen = torch.Generator(device="cuda").manual_seed(1)
     with (out / f"{regime}.jsonl").open("w") as f:
-        for n, k, formats in CELLS:
+        for cell in cells:
+            n, k, formats, ms = cell.n, cell.k, cell.formats, cell.tokens(regime)
+            if not ms:
+                continue
             count = max(2, ROTATE_BYTES // (2 * n * k))
             dense = [torch.randn(n, k, generator=gen, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
             tokens = torch.randn(max(ms), k, generator=gen, device="cuda").to(torch.bfloat16)
@@ -455,7 +500,7 @@ def bench_regime(regime: str, out: Path, deadline: float) -> None:
                     for row in bench_cell(fmt, m, n, k, weights, packs, tokens[:m], base[m]):
                         f.write(json.dumps(row) + "\n")
                     f.flush()
-        if regime == "few":
+        if regime == "few" and any(cell.ms is None for cell in cells):
             report: dict[str, Any] = {}
             f.write(json.dumps({"codecs": bench_codecs(report)}) + "\n")
 
@@ -476,8 +521,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             best[v["m"]] = v["ratio"]
         ratios = " ".join(f"{m}={best[m]:.2f}" for m in sorted(best))
         lines.append(f"{n}x{k} {fmt.removeprefix('absmax7_')}: {ratios}")
-    for (n, k, fmt), variants in cells.items():
-        for m in sorted({v["m"] for v in variants} if (n, k) == CELLS[0][:2] else {256}):
+    for (n, _, fmt), variants in cells.items():
+        for m in sorted({v["m"] for v in variants} if n == SHAPES[0][0] else {64, 256}):
             timed = sorted((v for v in variants if v["m"] == m and "seconds" in v), key=lambda v: float(v["seconds"]))
             text = " ".join(f"{v['name']}={v['seconds'] * 1e6:.1f}({v['ratio']:.2f})" for v in timed[:4])
             lines.append(f"{n} {fmt.removeprefix('absmax7_')} {m}: {text}")
@@ -495,24 +540,13 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def bench(out: Path, seconds: float) -> None:
-    """See the module's text. The regimes share what is left of ``seconds`` after compiling and checking."""
-    import torch
-
-    began = time.time()
-    order = all_jobs()
-    spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(16) as pool:
-        problems = pool.map(_compile_one, order, chunksize=2)
-        print(f"compiled {len(order)} variants in {time.time() - began:.0f} s", flush=True)
-        for text, times in Counter(p for p in problems if p).most_common(6):
-            print(f"  {times} x {text}")
-    checks = spawn.Pool(12)
-    checking = checks.apply_async(str)  # the pool starts while nothing is waited for
-    checking.get(60)
+def run_checks(out: Path, seconds: float) -> None:
+    """The check cases in parallel processes; FOLDER/checks.json has their outcomes."""
+    checks = multiprocessing.get_context("spawn").Pool(12)
+    checks.apply_async(str).get(60)  # the pool starts while nothing is waited for
     summary = checks.map_async(check_case, check_cases(), chunksize=1)
     try:
-        results = summary.get(60)
+        results = summary.get(seconds)
         (out / "checks.json").write_text(json.dumps(results))
         wrong = [c for c in results if c["outcome"] != "PASSED"]
         worst = max((c.get("worst", 0.0) for c in results), default=0.0)
@@ -520,16 +554,36 @@ def bench(out: Path, seconds: float) -> None:
         for c in wrong[:10]:
             print("  ", str(c)[:260], flush=True)
     except multiprocessing.TimeoutError:
-        print("the check cases did not end in 60 s", flush=True)
+        print(f"the check cases did not end in {seconds:.0f} s", flush=True)
     checks.terminate()
+
+
+def bench(out: Path, cells: Sequence[Cells], seconds: float, check_seconds: float) -> None:
+    """See the module's text. The regimes share what is left of ``seconds`` after compiling and checking.
+
+    ``check_seconds``: how long check cases may take; 0 for none.
+    """
+    import torch
+
+    began = time.time()
+    order = all_jobs(cells)
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(16) as pool:
+        problems = pool.map(_compile_one, order, chunksize=2)
+        print(f"compiled {len(order)} variants in {time.time() - began:.0f} s", flush=True)
+        for text, times in Counter(p for p in problems if p).most_common(6):
+            print(f"  {times} x {text}")
+    if check_seconds:
+        run_checks(out, check_seconds)
     print(f"checked after {time.time() - began:.0f} s", flush=True)
 
     rows: list[dict[str, Any]] = []
     shares = {"few": 0.25, "mid": 0.27, "many": 0.48}
+    shares = {regime: share for regime, share in shares.items() if any(cell.tokens(regime) for cell in cells)}
     left = began + seconds - time.time()
     for regime, share in shares.items():
-        deadline = time.time() + left * share
-        process = spawn.Process(target=bench_regime, args=(regime, out, deadline - 3))
+        deadline = time.time() + left * share / sum(shares.values())
+        process = spawn.Process(target=bench_regime, args=(regime, cells, out, deadline - 3))
         process.start()
         process.join(deadline + 12 - time.time())
         if process.is_alive():
@@ -550,15 +604,25 @@ def bench(out: Path, seconds: float) -> None:
 
 def main(arguments: list[str]) -> int:
     """See the module's text."""
-    if arguments[:1] == ["bench"] and len(arguments) >= 2:
-        out = Path(arguments[1])
-        out.mkdir(parents=True, exist_ok=True)
-        bench(out, float(arguments[2]) if len(arguments) > 2 else 200.0)
-        return 0
-    if arguments == ["compile"]:
-        return compile_all()
-    print(__doc__, file=sys.stderr)
-    return 2
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("action", choices=("bench", "compile"))
+    parser.add_argument("--out", type=Path, help="bench: folder of the records")
+    parser.add_argument("--seconds", type=float, default=200.0, help="bench: of everything, compiling included")
+    parser.add_argument("--checks", type=float, default=60.0, help="bench: seconds the check cases may take; 0: none")
+    parser.add_argument("--cells", type=parse_cells, nargs="+", default=CELLS, metavar="NxK:M,M")
+    parser.add_argument("--formats", nargs="+", choices=sorted(packing.GROUPS))
+    chosen = parser.parse_args(arguments)
+    cells = tuple(
+        replace(c, formats=tuple(f for f in c.formats if chosen.formats is None or f in chosen.formats))
+        for c in chosen.cells
+    )
+    if chosen.action == "compile":
+        return compile_all(cells)
+    if chosen.out is None:
+        parser.error("bench writes records: give --out FOLDER")
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    bench(chosen.out, cells, chosen.seconds, chosen.checks)
+    return 0
 
 
 if __name__ == "__main__":

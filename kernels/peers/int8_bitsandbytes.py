@@ -25,8 +25,11 @@ def probe(device: Device) -> Availability:
 BACKEND = DeclaredBackend(
     name="bitsandbytes",
     role="peer",
-    summary="bitsandbytes: LLM.int8's product of rounded activations and int8 weights",
-    ops={"int8_linear": "vbench.kernels.peers.int8_bitsandbytes:make"},
+    summary="bitsandbytes: LLM.int8's product of rounded activations and int8 weights; NF4 weights",
+    ops={
+        "int8_linear": "vbench.kernels.peers.int8_bitsandbytes:make",
+        "fp4_linear": "vbench.kernels.peers.fp4_bitsandbytes:make",
+    },
     probe_function="vbench.kernels.peers.int8_bitsandbytes:probe",
 )
 

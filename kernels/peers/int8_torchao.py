@@ -21,8 +21,11 @@ def probe(device: Device) -> Availability:
 BACKEND = DeclaredBackend(
     name="torchao",
     role="peer",
-    summary="torchao: Int8Tensor, weight-only and with dynamically rounded activations",
-    ops={"int8_linear": "vbench.kernels.peers.int8_torchao:make"},
+    summary="torchao: Int8Tensor, weight-only and with dynamically rounded activations; NVFP4Tensor, weight-only",
+    ops={
+        "int8_linear": "vbench.kernels.peers.int8_torchao:make",
+        "fp4_linear": "vbench.kernels.peers.fp4_torchao:make",
+    },
     probe_function="vbench.kernels.peers.int8_torchao:probe",
 )
 

@@ -1,13 +1,15 @@
 """A linear layer whose weight lies on the device as nvfp4 codes, in the place of one of a model's own.
 
-It multiplies with decode(encode(w)): the codes are decoded into a fresh tensor for each use (4 bits at rest, the whole
-weight of one layer at a time) and ``F.linear`` does the rest, so that a result is bit for bit that of the same layer
-with the decoded weight. Gradients reach its input and its bias, not its weight.
+It multiplies with decode(encode(w)): for each use the codes are decoded into a place that all layers of its shape share
+(4 bits at rest, one whole weight a shape) and ``F.linear`` does the rest, so that a result is bit for bit that of the
+same layer with the decoded weight. Gradients reach its input and its bias, not its weight.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,60 +22,33 @@ from vbench.kernels.tiers.units import Packing
 from vbench.kernels.virtual.linears import LinearSite
 
 
-class PackedLinear(nn.Module):
-    """y [..., out] = x [..., in] decode(codes)^T + bias.
+@cache
+def _place(n: int, k: int, dtype: torch.dtype, device: torch.device, stream: int, thread: int) -> Tensor:
+    """Where layers of one shape are decoded to by one stream or thread, whose work is in order."""
+    return torch.empty(n, k, dtype=dtype, device=device)
 
-    ``state_dict`` has the keys, shapes and values of the layer it stands for, whose weight parameter is kept on the
-    host; ``load_state_dict`` takes such and encodes anew.
 
-    Args:
-        site: the layer it stands for; its weight is read, its bias taken over as the same object.
-        device: where it computes.
-        decoder: of its codes there.
+def release_places() -> None:
+    """Let go of the memory that decoded weights took; it comes again with the next use."""
+    _place.cache_clear()
 
-    Raises:
-        Unsupported: ``codec_shape``, ``codec_dtype``, ``nonfinite_weight``.
+
+class StandIn(nn.Module):
+    """A layer in the place of another, whose parameters it keeps: the weight on the host, the bias as its own.
+
+    ``state_dict`` has the keys, shapes and values of the layer it stands for; ``load_state_dict`` takes such and
+    encodes anew.
     """
 
-    codes: Tensor
-
-    def __init__(self, site: LinearSite, device: torch.device, decoder: WeightDecoder) -> None:
+    def __init__(self, site: LinearSite) -> None:
         super().__init__()
-        weight = site.weight
-        n, k = site.shape
-        if k % GROUP:
-            raise Unsupported(
-                "codec_shape", f"{site.name}: {k} input features are no multiple of {GROUP}; name it in plan.keep"
-            )
-        if weight.dtype not in DTYPES:
-            raise Unsupported(
-                "codec_dtype", f"{site.name} is {weight.dtype}; nvfp4 encodes {', '.join(DTYPES.values())}"
-            )
-        self.out_features, self.in_features = n, k
-        self._dtype = weight.dtype
-        self._decoder = decoder
         self._site = (site,)  # in a tuple, so that the module it holds is none of this one's parts
-        self._packing = Packing(n, k)
-        codes = torch.empty(self._packing.size_bytes, dtype=torch.uint8, device=device)
-        self.register_buffer("codes", codes, persistent=False)
+        self.out_features, self.in_features = site.shape
         self.bias = site.bias
-        self.encode()
 
     def encode(self) -> None:
         """Make the codes anew from the kept weight."""
-        site = self._site[0]
-        encode(site.weight_nk(site.weight.detach()), packed_views(self._packing, self.codes), self.codes.device)
-
-    def decoded(self) -> Tensor:
-        """The weight it multiplies with, [out, in], in the dtype of the layer it stands for."""
-        weight = torch.empty(self.out_features, self.in_features, dtype=self._dtype, device=self.codes.device)
-        self._decoder.bind(packed_views(self._packing, self.codes), weight)()
-        return weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in], in the layer's dtype or under autocast -> [..., out]."""
-        y: Tensor = _Product.apply(x, self.bias, self.decoded)  # type: ignore[no-untyped-call]
-        return y
+        raise NotImplementedError
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         weight = self._site[0].weight
@@ -106,9 +81,111 @@ class PackedLinear(nn.Module):
         rest = {name: tensor for name, tensor in state_dict.items() if name != key}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
+
+class PackedLinear(StandIn):
+    """y [..., out] = x [..., in] decode(codes)^T + bias.
+
+    Args:
+        site: the layer it stands for; its weight is read, its bias taken over as the same object.
+        device: where it computes.
+        decoder: of its codes there.
+
+    Raises:
+        Unsupported: ``codec_shape``, ``codec_dtype``, ``nonfinite_weight``.
+    """
+
+    codes: Tensor
+
+    def __init__(self, site: LinearSite, device: torch.device, decoder: WeightDecoder) -> None:
+        super().__init__(site)
+        weight = site.weight
+        n, k = site.shape
+        if k % GROUP:
+            raise Unsupported(
+                "codec_shape", f"{site.name}: {k} input features are no multiple of {GROUP}; name it in plan.keep"
+            )
+        if weight.dtype not in DTYPES:
+            raise Unsupported(
+                "codec_dtype", f"{site.name} is {weight.dtype}; nvfp4 encodes {', '.join(DTYPES.values())}"
+            )
+        self._dtype = weight.dtype
+        self._decoder = decoder
+        self._packing = Packing(n, k)
+        self._launches: dict[tuple[int, int], tuple[Tensor, Callable[[], object]]] = {}
+        codes = torch.empty(self._packing.size_bytes, dtype=torch.uint8, device=device)
+        self.register_buffer("codes", codes, persistent=False)
+        self.encode()
+
+    def encode(self) -> None:
+        """Make the codes anew from the kept weight."""
+        site = self._site[0]
+        encode(site.weight_nk(site.weight.detach()), packed_views(self._packing, self.codes), self.codes.device)
+
+    def decoded(self) -> Tensor:
+        """The weight it multiplies with, [out, in], in the dtype of the layer it stands for; until the next decode."""
+        device = self.codes.device
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        place = _place(self.out_features, self.in_features, self._dtype, device, stream, threading.get_ident())
+        # Binding looks at the scales, and would wait for the device each time. What a launch was bound to it keeps
+        # alive, so that no other tensor has these addresses.
+        key = (self.codes.data_ptr(), place.data_ptr())
+        if key not in self._launches:
+            self._launches[key] = (place, self._decoder.bind(packed_views(self._packing, self.codes), place))
+        self._launches[key][1]()
+        return place
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has codes of its own, and launches bound to these would decode the wrong ones.
+        return {**self.__dict__, "_launches": {}}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in], in the layer's dtype or under autocast -> [..., out]."""
+        y: Tensor = _Product.apply(x, self.bias, self.decoded)  # type: ignore[no-untyped-call]
+        return y
+
     def extra_repr(self) -> str:
         """For ``print(model)``."""
         return f"nvfp4, in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class FusedLinear(StandIn):
+    """``FP4Linear`` on the layer's weight: codes decoded in registers by our kernels on a GPU, by plain torch on a CPU.
+
+    Args:
+        site: the layer it stands for; its weight is read, its bias taken over as the same object.
+        device: where it computes.
+        fmt: a format of ``FP4Linear``.
+
+    Raises:
+        Unsupported: as ``FP4Linear.from_weight`` does, and ``nonfinite_weight``.
+    """
+
+    def __init__(self, site: LinearSite, device: torch.device, fmt: str) -> None:
+        super().__init__(site)
+        self._device, self._format = device, fmt
+        self.encode()
+
+    def encode(self) -> None:
+        """Make the codes anew from the kept weight."""
+        from vbench.kernels.fp4_linear import FP4Linear
+
+        site = self._site[0]
+        bare = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        bare.weight = nn.Parameter(site.weight_nk(site.weight.detach()).to(self._device).contiguous(), False)
+        inner = FP4Linear.from_linear(bare, self._format, device=self._device)
+        inner.bias = self.bias
+        self._inner = (inner,)  # in a tuple: its keys are none of the model's
+        for name in ("codes", "scale", "global_scale"):  # so that budgets count them
+            self.register_buffer(name, getattr(inner, name), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] in the layer's dtype -> [..., out]."""
+        y: Tensor = self._inner[0](x)
+        return y
+
+    def extra_repr(self) -> str:
+        """For ``print(model)``."""
+        return self._inner[0].extra_repr()
 
 
 class _Product(torch.autograd.Function):

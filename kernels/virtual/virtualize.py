@@ -23,7 +23,7 @@ from vbench.kernels.tiers.codec import WeightDecoder, default_decoder
 from vbench.kernels.tiers.tiered import Tiered, tier, tiered_modules
 from vbench.kernels.virtual.attentions import Choice, replace_attention
 from vbench.kernels.virtual.linears import LinearSite, find_linears, owners
-from vbench.kernels.virtual.packed_linear import PackedLinear
+from vbench.kernels.virtual.packed_linear import FusedLinear, PackedLinear, StandIn, release_places
 
 Kind = Literal["fp4", "tied", "tiered", "kept"]
 
@@ -39,12 +39,17 @@ class Plan:
         budget: where the weights that are not fp4 live; ``None`` leaves them where they are. fp4 codes stay on the
             device and count as buffers.
         keep: names of linear layers to leave as they are.
+        linear: ``decode``: nvfp4 codes become a whole weight for each use, and torch multiplies (bit for bit the
+            decoded layer, under autocast too); ``fused``: ``FP4Linear``, whose kernels decode in registers.
+        format: of the codes; other than nvfp4 with ``fused`` only.
     """
 
     fp4: Literal["frozen", "all", "none"] = "frozen"
     attention: Choice = "keep"
     budget: Budget | None = None
     keep: tuple[str, ...] = ()
+    linear: Literal["decode", "fused"] = "decode"
+    format: str = "nvfp4"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +93,12 @@ class Virtualized:
         sites = find_linears(model)
         _check(model, plan, sites)
         chosen = [site for site in sites if self._is_fp4(site)]
-        if chosen and decoder is None:
+        if chosen and decoder is None and plan.linear == "decode":
             decoder = default_decoder(device)
         try:
             if plan.attention != "keep":
                 self._undo_attention = replace_attention(model, plan.attention)
             for site in chosen:
-                assert decoder is not None
                 self._swap(site, decoder)
             if plan.budget is not None:
                 self.tiers = tier(model, budget=plan.budget, device=device)
@@ -125,6 +129,8 @@ class Virtualized:
                 parent._modules[attribute] = swap.site.module
         for weight, home in self._homes:
             weight.data = weight.data.to(home)
+        if self._swaps:
+            release_places()
         self._swaps.clear()
         self._homes.clear()
         if self._undo_attention is not None:
@@ -141,8 +147,12 @@ class Virtualized:
             return False
         return self.plan.fp4 == "all" or not site.weight.requires_grad
 
-    def _swap(self, site: LinearSite, decoder: WeightDecoder) -> None:
-        packed = PackedLinear(site, self.device, decoder)
+    def _swap(self, site: LinearSite, decoder: WeightDecoder | None) -> None:
+        if self.plan.linear == "fused":
+            packed: StandIn = FusedLinear(site, self.device, self.plan.format)
+        else:
+            assert decoder is not None
+            packed = PackedLinear(site, self.device, decoder)
         weight = site.weight
         if weight.device.type == "cuda":
             self._homes.append((weight, weight.device))
@@ -159,7 +169,7 @@ class Virtualized:
         if swapped is not None:
             parent, attribute = swapped.places[0]
             codes: Any = parent._modules[attribute]
-            return Row(site.name, "fp4", (n, k), size, codes.codes.numel())
+            return Row(site.name, "fp4", (n, k), size, sum(buffer.nbytes for buffer in codes.buffers()))
         size = n * k * site.weight.element_size()
         if site.tied:
             return Row(site.name, "tied", (n, k), size, 0)
@@ -173,12 +183,16 @@ def _check(model: nn.Module, plan: Plan, sites: list[LinearSite]) -> None:
         raise UsageError(f"plan.fp4={plan.fp4!r} is not one of frozen, all, none")
     if plan.attention not in ("keep", "triton", "gluon"):
         raise UsageError(f"plan.attention={plan.attention!r} is not one of keep, triton, gluon")
+    if plan.linear not in ("decode", "fused"):
+        raise UsageError(f"plan.linear={plan.linear!r} is not one of decode, fused")
+    if plan.linear == "decode" and plan.format != "nvfp4":
+        raise UsageError(f"plan.format={plan.format!r} needs linear='fused'; decode knows nvfp4")
     unknown = sorted(set(plan.keep) - {site.name for site in sites})
     if unknown:
         raise UsageError(f"plan.keep names {', '.join(unknown)}, which the model has no linear layer of")
     tiered = tiered_modules()
     for name, module in model.named_modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, StandIn):
             raise UsageError(f"{name} is virtualised already; undo() its handle first")
         if module in tiered:
             raise UsageError(f"{name or 'the model'} is tiered already; close() its handle, and give plan.budget")

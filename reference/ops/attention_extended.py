@@ -15,7 +15,7 @@ from vbench.spec import Case, Op, Output, Param
 
 #: What an additive mask holds. normal: standard normal values; blocked: -inf for each pair with chance 1/4 and in the
 #: whole first row, else 0; shifted: -100 everywhere, which moves lse below ln of the smallest normal float32.
-MASKS = ("none", "normal", "blocked", "shifted")
+EXTENDED_MASKS = ("none", "normal", "blocked", "shifted")
 #: Which axes of [b, hq, sq, sk] the mask has; the others have length 1.
 MASK_AXES = ("qk", "hqk", "bqk", "bhqk")
 
@@ -76,7 +76,13 @@ _FEATURES = (
         default=0,
     ),
     Param("sinks", "flag", "1: input sink fp32 [hq]; exp(sink) joins each row's denominator, with no value", default=0),
-    Param("mask", "choice", "input mask, of the case's dtype, added to the scaled (and capped) scores", MASKS, "none"),
+    Param(
+        "mask",
+        "choice",
+        "input mask, of the case's dtype, added to the scaled (and capped) scores",
+        EXTENDED_MASKS,
+        "none",
+    ),
     Param("maskdims", "choice", "axes of the mask; those left out have length 1", MASK_AXES, "qk", quiet=True),
     Param(
         "packed",

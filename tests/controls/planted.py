@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, int | str]] = {
     "fp4_linear": {"fmt": "nvfp4", "m": 8, "n": 16, "k": 128},
     "attention": {"hq": 2, "hk": 1, "sq": 16, "sk": 16, "d": 16},
     "attention_backward": {"hq": 2, "hk": 1, "sq": 16, "sk": 16, "d": 16, "dlse": 1},
+    "attention_masked_backward": {"mask": "random", "h": 2, "sq": 16, "sk": 16, "d": 16},
     "tier_stack": {
         "keys": 6,
         "item_bytes": 64,

@@ -1,0 +1,135 @@
+"""The scripts of ``docs/tuning`` that a GPU is rented for: what they leave behind when they are cut off, on a CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "tuning"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def parts_of(out: Path) -> dict[str, dict[str, Any]]:
+    return {row["part"]: row for row in json.loads((out / "systems.json").read_text(encoding="utf-8"))["parts"]}
+
+
+def test_parts_fail_and_run_out_of_time_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    systems = script("systems")
+    look = f"import json; print(json.load(open({str(tmp_path / 'systems.json')!r}))['parts'][-1]['ended'])"
+    made = {
+        "fails": (["-c", "print('before'); raise SystemExit(7)"], 30.0),
+        "hangs": (["-c", "import time; print('half', flush=True); time.sleep(600)"], 1.5),
+        "looks": (["-c", look], 30.0),
+    }
+    monkeypatch.setattr(systems, "commands", lambda out: made)
+    assert systems.main(["--out", str(tmp_path)]) == 1
+    rows = parts_of(tmp_path)
+    assert {name: row["ended"] for name, row in rows.items()} == {
+        "fails": "exit code 7",
+        "hangs": "out of time",
+        "looks": "exit code 0",
+    }
+    said = {name: (tmp_path / f"{name}.log").read_text(encoding="utf-8").strip() for name in made}
+    # What was said before the end is kept, and a part finds itself on record while it runs.
+    assert said == {"fails": "before", "hangs": "half", "looks": "running"}
+    assert systems.main(["--out", str(tmp_path), "looks"]) == 0
+
+
+def test_no_part_begins_without_time_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    systems = script("systems")
+    monkeypatch.setattr(systems, "commands", lambda out: {"one": (["-c", ""], 30.0), "two": (["-c", ""], 30.0)})
+    assert systems.main(["--out", str(tmp_path), "--limit-s", "1"]) == 1
+    assert {row["ended"] for row in parts_of(tmp_path).values()} == {"left out: no time"}
+    with pytest.raises(SystemExit) as refused:
+        systems.main(["--out", str(tmp_path), "three"])
+    assert refused.value.code == 2
+
+
+def test_every_part_is_a_command_that_is_there(tmp_path: Path) -> None:
+    """And they fit the default limit as the docstring says: whole models alone, the others together."""
+    systems = script("systems")
+    text = systems.__doc__ or ""
+    expected = {line.split()[0]: int(line.split()[-2]) for line in text.splitlines() if line.rstrip().endswith(" s")}
+    known = systems.commands(tmp_path)
+    assert set(expected) == set(known)
+    assert max(expected["models"], sum(expected.values()) - expected["models"]) < 580
+    for part, (argv, limit_s) in known.items():
+        assert limit_s > expected[part]
+        files = [word for word in argv if word.endswith(".py")]
+        assert all((systems.ROOT / file).is_file() for file in files), files
+
+
+def test_scenarios_are_on_disk_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second row dies as no training does: the first is there, and the third was never begun."""
+    scenarios = script("scenarios")
+
+    def run(name: str, options: list[str], folder: Path, data: Path) -> dict[str, Any]:
+        if name == "dies":
+            raise KeyboardInterrupt
+        assert data.stat().st_size > 0
+        row = {"name": name, "options": "", "exit_code": 0, "said": [], "plan": [], "losses": [5.5, 5.25]}
+        return {**row, "tokens_s": 10.0, "peak_bytes": 10**9, "seconds": 1.0}
+
+    monkeypatch.setattr(scenarios, "run", run)
+    rows: tuple[tuple[str, list[str]], ...] = (("a free", []), ("dies", []), ("c free", []))
+    with pytest.raises(KeyboardInterrupt):
+        scenarios.main(["--out", str(tmp_path)], rows)
+    kept = json.loads((tmp_path / "scenarios.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in kept["rows"]] == ["a free"] and not kept["left_out"]
+    assert scenarios.main(["--out", str(tmp_path), "--limit-s", "-1"], rows) == 0
+    assert json.loads((tmp_path / "scenarios.json").read_text(encoding="utf-8"))["left_out"] == [
+        "a free",
+        "dies",
+        "c free",
+    ]
+
+
+def test_a_tiered_row_must_begin_with_its_twins_loss() -> None:
+    scenarios = script("scenarios")
+    free = {"name": "s free", "options": "", "exit_code": 0, "losses": [5.5, 5.25]}
+    for losses, wrong in (([5.5, 5.24], False), ([5.4, 5.25], True)):
+        row = {"name": "s 8GB", "options": "", "exit_code": 0, "losses": losses}
+        assert scenarios.wrong(row, [free, row]) is wrong
+        assert row["same_losses"] is False
+    refused = {"name": "c", "options": "--use-fp4", "exit_code": 2}
+    assert not scenarios.wrong(refused, [refused]) and scenarios.wrong({**refused, "exit_code": 0}, [])
+
+
+def test_the_codecs_script_finds_equal_passes_and_flushes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = script("tier_codec")
+    small = ["--device", "cpu", "--layers", "5", "--width", "128", "--gpu", "100KiB", "--tokens", "3", "5"]
+    assert codec.main([*small, "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "tier_codec.json").read_text(encoding="utf-8"))
+    moved = [report[name]["tokens_3"]["stats"]["to_device_bytes"] for name in ("raw", "nvfp4")]
+    assert 0 < moved[1] < moved[0] and report["raw"]["equal"] and report["nvfp4"]["equal"]
+    right = codec.oracle
+    monkeypatch.setattr(codec, "oracle", lambda weights, x: right(weights, x) + 1)
+    assert codec.main([*small, "--out", str(tmp_path)]) == 1
+
+
+def test_free_host_memory_counts_what_the_group_can_give_up(tmp_path: Path) -> None:
+    large = script("tier_54gb")
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 200 kB\nMemAvailable:     150 kB\n", encoding="ascii")
+    assert large.host_free_bytes(meminfo, tmp_path) == 150 * 1024
+    for name, text in (("memory.max", "100000"), ("memory.current", "90000"), ("memory.stat", "anon 1\nfile 5")):
+        (tmp_path / name).write_text(text + "\n", encoding="ascii")
+    assert large.host_free_bytes(meminfo, tmp_path) == 10000
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 40000\nactive_file 7\n", encoding="ascii")
+    assert large.host_free_bytes(meminfo, tmp_path) == 50000
+    (tmp_path / "memory.max").write_text("max\n", encoding="ascii")
+    assert large.host_free_bytes(meminfo, tmp_path) == 150 * 1024
+    assert large.host_free_bytes(tmp_path / "none", tmp_path / "none") == sys.maxsize
