@@ -147,10 +147,13 @@ def read(path: Path) -> Kept:
         raise DataError(why) from None
 
 
-def to_markdown(kept: Kept, ops: Mapping[str, Op], current: Callable[[str, str], str | None]) -> str:
+def to_markdown(
+    kept: Kept, ops: Mapping[str, Op], current: Callable[[str, str], str | None], ours: Iterable[tuple[str, str]] = ()
+) -> str:
     """A table an op: checks passed, or what failed, or the rule by which all were declined.
 
     Args:
+        ours: (backend, op) of our own backends; those without a cell are named at the end.
         current: (backend, op) -> digest of the sources of now, ``None`` where they are not installed.
     """
     by_op: dict[str, list[Cell]] = {}
@@ -167,6 +170,9 @@ def to_markdown(kept: Kept, ops: Mapping[str, Op], current: Callable[[str, str],
             row = [_shown(kept, at.get((column, values)), current) for column in columns]
             lines.append("| " + " | ".join([*(values or (op,)), *row]) + " |")
         parts.append("\n".join(lines))
+    absent = sorted(set(ours) - {(cell.backend, cell.op) for cell in kept.cells})
+    if absent:
+        parts.append("## Not in this run\n\n" + "\n".join(f"- {backend}: {op}" for backend, op in absent))
     return "\n\n".join(parts) + "\n"
 
 

@@ -491,7 +491,13 @@ def checked_command(run: str | None, kept: Path | None, out: Path, as_json: bool
             return None
         return job_digest(infos[backend].ops[op], ops[op].oracle, ops[op].inputs)
 
-    print(cells.to_text(found) if as_json else cells.to_markdown(found, ops, current), end="")
+    ours = [
+        (info.name, op)
+        for info in infos.values()
+        if info.distribution == registry.OWN_DISTRIBUTION and info.role == "own"
+        for op in info.ops
+    ]
+    print(cells.to_text(found) if as_json else cells.to_markdown(found, ops, current, ours), end="")
     wrong = cells.broken(found)
     for cell in wrong:
         print(f"vbench: {cell.kernel} {cell.op} {','.join(cell.values)}: {cell}", file=sys.stderr)
