@@ -17,6 +17,8 @@ BACKEND = DeclaredBackend(
         "fp4_linear": "vbench.reference.kernels:make_linear",
         "attention": "vbench.reference.kernels:make_attention",
         "attention_backward": "vbench.reference.kernels:make_attention_backward",
+        "attention_extended": "vbench.reference.kernels_extended:make",
+        "attention_extended_backward": "vbench.reference.kernels_extended:make_backward",
         "tier_stack": "vbench.reference.kernels:make_tier_stack",
         "tier_fetch": "vbench.reference.kernels:make_tier_fetch",
         "offload_pass": "vbench.reference.kernels:make_offload_pass",

@@ -185,6 +185,56 @@ def backward_laws(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:
         yield Law("other_batches", case, others, _unchanged(lambda t: t[:-1]), "deterministic")
 
 
+def _last_sequence(inputs: dict[str, Any], of: str) -> Tensor:
+    """bool [length]: rows (``of`` q) or keys (k) of the last packed sequence."""
+    length = inputs[of].shape[2]
+    rows = torch.arange(length, device=inputs[of].device)
+    return rows >= int(inputs[f"cu_{of}"][-2])
+
+
+def extended_laws(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:
+    """Of ``attention_extended``.
+
+    doubled_v: out(2 v) = 2 out(v), sinks or not. other_sequences: other keys and values of the last packed sequence
+    change no bit of the others.
+    """
+    layout, k, v = case.text("layout"), inputs["k"], inputs["v"]
+
+    def changed(picked: Tensor) -> dict[str, Any]:
+        """k and v negated, v halved too, where ``picked`` (bool [sk])."""
+        there = picked[None, None, :, None]
+        other_k, other_v = torch.where(there, -k, k), torch.where(there, -0.5 * v, v)
+        return {**inputs, "k": lay_out(other_k, layout), "v": lay_out(other_v, layout)}
+
+    yield Law("doubled_v", case, {**inputs, "v": lay_out(2 * v, layout)}, _doubled("out"))
+    if case.axis("packed") > 1:
+        kept = ~_last_sequence(inputs, "q")
+        yield Law(
+            "other_sequences",
+            case,
+            changed(_last_sequence(inputs, "k")),
+            _unchanged(lambda t: t[:, :, kept.to(t.device)]),
+        )
+
+
+def extended_backward_laws(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:
+    """Of ``attention_extended_backward``, for deterministic kernels. other_sequences: another dout of the last packed
+    sequence changes no bit of the others' gradients."""
+    if case.axis("packed") > 1:
+        dout, last = inputs["dout"], _last_sequence(inputs, "q")
+        other = torch.where(last[None, None, :, None], -0.5 * dout, dout)
+        rows, keys = ~last, ~_last_sequence(inputs, "k")
+
+        def mixes(first: Outputs, second: Outputs) -> str:
+            kept = {"dq": rows, "dk": keys, "dv": keys}
+            found = (_differ(second[n][:, :, m], first[n][:, :, m], n) for n, m in kept.items() if n in first)
+            return next((f for f in found if f), "")
+
+        yield Law(
+            "other_sequences", case, {**inputs, "dout": lay_out(other, case.text("layout"))}, mixes, "deterministic"
+        )
+
+
 def quantize_laws(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:
     """Of ``fp4_quantize``. negated (not nf4, whose table is not symmetric): the same scales, signs turned."""
     if case.text("fmt") == "nf4":

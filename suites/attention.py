@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 from vbench.reference.ops.attention import ATTENTION, ATTENTION_BACKWARD, ATTENTION_DISTRIBUTIONS
+from vbench.reference.ops.attention_extended import ATTENTION_EXTENDED, ATTENTION_EXTENDED_BACKWARD
 from vbench.reference.ops.masked import MASKED_BACKWARD, MASKS
 from vbench.reference.ops.types import DTYPES
-from vbench.spec import BenchCase, Case, Generated, Suite
+from vbench.spec import BenchCase, Case, Generated, Op, Suite
 from vbench.suites.data import REGRESSIONS, WAIVERS
 
 Effort = Literal["quick", "standard", "full"]
@@ -139,6 +141,44 @@ def _backward_checks() -> tuple[Case, ...]:
     )
 
 
+#: Each feature alone, then all at once: masked rows, empty sequences, a mask a head. b=1 where sequences are packed.
+EXTENDED: tuple[dict[str, int | str], ...] = (
+    {"alibi": 1, "b": 2, "causal": "bottom_right"},
+    {"alibi": 1, "causal": "none"},
+    {"sinks": 1, "b": 2, "causal": "bottom_right"},
+    {"mask": "normal", "maskdims": "bhqk", "b": 2, "causal": "none"},
+    {"mask": "blocked", "maskdims": "hqk", "causal": "top_left"},
+    {"mask": "shifted", "maskdims": "bqk", "b": 2, "causal": "none"},
+    {"packed": 3, "causal": "bottom_right"},
+    {"packed": 5, "causal": "none"},
+    {"packed": 4, "alibi": 1, "sinks": 1, "mask": "blocked", "softcap": 2, "window": 9, "causal": "top_left"},
+    {"alibi": 1, "sinks": 1, "mask": "normal", "maskdims": "hqk", "b": 2, "causal": "bottom_right", "layout": "padded"},
+)
+EXTENDED_SHAPE: dict[str, int | str] = {"hq": 2, "hk": 1, "sq": 19, "sk": 40, "d": 16}
+#: Lengths of the shifted masks that a fused backward failed on: pytorch/pytorch#196678 (cuDNN, since torch 2.11, NaN in
+#: dq where a mask is given, the length leaves 64 over 128, and lse is below ln of the smallest normal float32).
+SHIFTED_LENGTHS = (192, 256, 320)
+
+
+def _extended_case(kind: Op, dtype: str, features: Mapping[str, int | str]) -> Case:
+    values: dict[str, Any] = {"dtype": dtype, **EXTENDED_SHAPE, **features}
+    return kind.case(**values)
+
+
+def _extended_checks() -> tuple[Case, ...]:
+    ops = (ATTENTION_EXTENDED, ATTENTION_EXTENDED_BACKWARD)
+    return (
+        *(_extended_case(op, dtype, features) for op, dtype, features in product(ops, DTYPES, EXTENDED)),
+        # More queries than keys; a gradient of lse with sinks.
+        *(op.case(sinks=1, causal="bottom_right", hq=2, hk=1, sq=40, sk=19, d=16) for op in ops),
+        ATTENTION_EXTENDED_BACKWARD.case(dtype="fp16", sinks=1, alibi=1, dlse=1, hq=2, hk=2, sq=20, sk=33, d=20),
+        *(ATTENTION_EXTENDED_BACKWARD.case(mask="shifted", hq=1, hk=1, sq=s, sk=s, d=64) for s in SHIFTED_LENGTHS),
+        # What must be refused.
+        *(op.case(packed=2, b=2, hq=1, hk=1, sq=8, sk=8, d=16) for op in ops),
+        *(op.case(alibi=1, hq=3, hk=2, sq=8, sk=8, d=16) for op in ops),
+    )
+
+
 #: The FlashAttention papers' sweep: 16384 tokens a batch, hidden size 2048.
 TOKENS, HIDDEN = 16384, 2048
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -182,6 +222,7 @@ def _masked_checks() -> tuple[Case, ...]:
 
 #: What a kernel is compiled for; strides are multiples of head counts.
 COMPILED_FOR = ("dtype", "causal", "layout", "hq", "hk", "d")
+EXTENDED_FOR = (*COMPILED_FOR, "alibi", "sinks", "mask", "packed")
 
 SUITE = Suite(
     name="attention",
@@ -189,10 +230,12 @@ SUITE = Suite(
         "attention forward with log-sum-exp, and backward: both causal alignments, grouped heads, masked rows, "
         "strides; 16k-token sweep"
     ),
-    checks=_checks() + _backward_checks() + _masked_checks(),
+    checks=_checks() + _backward_checks() + _masked_checks() + _extended_checks(),
     generated=(
         Generated("vbench.suites.strategies:attention_cases", (15, 100, 1000), COMPILED_FOR),
         Generated("vbench.suites.strategies:attention_backward_cases", (12, 100, 1000), (*COMPILED_FOR, "dlse")),
+        Generated("vbench.suites.strategies:extended_attention_cases", (6, 60, 600), EXTENDED_FOR),
+        Generated("vbench.suites.strategies:extended_attention_backward_cases", (6, 60, 600), (*EXTENDED_FOR, "dlse")),
         Generated("vbench.suites.strategies:attention_masked_backward_cases", (12, 60, 400)),
     ),
     searched=(

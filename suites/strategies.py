@@ -12,6 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from vbench.reference.ops.attention import ATTENTION, ATTENTION_BACKWARD, ATTENTION_DISTRIBUTIONS, LAYOUTS
+from vbench.reference.ops.attention_extended import (
+    ATTENTION_EXTENDED,
+    ATTENTION_EXTENDED_BACKWARD,
+    EXTENDED_MASKS,
+    MASK_AXES,
+)
 from vbench.reference.ops.fetch import FETCH_DISTRIBUTIONS, RAW, TIER_FETCH
 from vbench.reference.ops.fp4 import (
     ENCODINGS,
@@ -160,6 +166,17 @@ _SMALL_HEADS = (8, 16, 32, 40, *range(1, 41))
 _LARGE_HEADS = (*(64, 128) * 8, *range(16, 257, 8))
 
 
+def _features(draw: st.DrawFn, frame: Frame | None) -> dict[str, Any]:
+    """What the extended attention ops add; each off about half the time."""
+    return {
+        "alibi": _size(draw, frame, "alibi", range(2)),
+        "sinks": _size(draw, frame, "sinks", range(2)),
+        "mask": _choice(draw, frame, "mask", ("none", *EXTENDED_MASKS)),
+        "maskdims": draw(st.sampled_from(MASK_AXES)),
+        "packed": _size(draw, frame, "packed", (0, 0, 0, 1, 2, 5)),
+    }
+
+
 @st.composite
 def _attention(draw: st.DrawFn, op: Op, frame: Frame | None, most: int, head_dims: tuple[int, ...]) -> Case:
     """``most``: largest sq and sk."""
@@ -178,8 +195,12 @@ def _attention(draw: st.DrawFn, op: Op, frame: Frame | None, most: int, head_dim
         "sk": _size(draw, frame, "sk", range(1, most + 1)),
         "d": _size(draw, frame, "d", head_dims),
     }
-    if op is ATTENTION_BACKWARD:
+    if op in (ATTENTION_BACKWARD, ATTENTION_EXTENDED_BACKWARD):
         values["dlse"] = _size(draw, frame, "dlse", range(2))
+    if op in (ATTENTION_EXTENDED, ATTENTION_EXTENDED_BACKWARD):
+        values |= _features(draw, frame)
+        if values["packed"]:
+            values["b"] = 1
     if values["b"] * min(values["hq"] * values["sq"], hk * values["sk"]) == 1:
         # A few outputs may all lie near their mean, which a kernel returning the mean would then have right.
         values["d"] = max(values["d"], MANY)
@@ -209,6 +230,16 @@ def large_attention_cases(frame: Frame | None = None) -> SearchStrategy[Case]:
 def large_attention_backward_cases(frame: Frame | None = None) -> SearchStrategy[Case]:
     """attention_backward for a GPU, as the forward."""
     return _attention(ATTENTION_BACKWARD, frame, 400, _LARGE_HEADS)
+
+
+def extended_attention_cases(frame: Frame | None = None) -> SearchStrategy[Case]:
+    """attention_extended: as attention, with ALiBi, sinks, masks and packed sequences, some of them empty."""
+    return _attention(ATTENTION_EXTENDED, frame, 40, _SMALL_HEADS)
+
+
+def extended_attention_backward_cases(frame: Frame | None = None) -> SearchStrategy[Case]:
+    """attention_extended_backward: as the forward, with and without a gradient of lse."""
+    return _attention(ATTENTION_EXTENDED_BACKWARD, frame, 40, _SMALL_HEADS)
 
 
 @st.composite

@@ -18,6 +18,7 @@ from vbench.plan import CONFORMANCE
 from vbench.record import Outcome, Record
 from vbench.reference import laws
 from vbench.reference.ops.attention import ATTENTION, ATTENTION_BACKWARD
+from vbench.reference.ops.attention_extended import ATTENTION_EXTENDED, ATTENTION_EXTENDED_BACKWARD
 from vbench.reference.ops.fp4 import FP4_LINEAR, FP4_QUANTIZE
 from vbench.reference.ops.int8 import INT8_LINEAR
 from vbench.registry import BackendInfo
@@ -70,7 +71,8 @@ def test_a_run_tries_laws_on_a_part_of_the_drawn_cases() -> None:
     assert all(job.off == (("battery",) if job.thorough else ()) for job in jobs if job.kind == "check")
     cases = {case for _, case in lawful}
     assert not cases & {case.id for case in suite.checks}
-    drawn = sum(generated.count[1] for generated in suite.generated)
+    offered = [f"vbench.suites.strategies:{op}_cases" for op in infos[0].ops]
+    drawn = sum(generated.count[1] for generated in suite.generated if generated.strategy in offered)
     assert drawn / plan.LAWFUL_ONE_IN / 2 < len(cases) <= drawn / plan.LAWFUL_ONE_IN + 2
     # What such a job asks is enough for a kernel that only a law catches.
     worker = Worker("controls_softmax", "vbench-kernels", "cpu")
@@ -105,6 +107,8 @@ LAWS = {
     "fp4_quantize": laws.quantize_laws,
     "attention": laws.attention_laws,
     "attention_backward": laws.backward_laws,
+    "attention_extended": laws.extended_laws,
+    "attention_extended_backward": laws.extended_backward_laws,
     "int8_linear": laws.int8_laws,
 }
 LAWFUL: tuple[tuple[Op, Case], ...] = (
@@ -115,6 +119,8 @@ LAWFUL: tuple[tuple[Op, Case], ...] = (
     (ATTENTION, ATTENTION.case(b=2, hq=4, hk=2, sq=8, sk=12, d=16, causal="bottom_right", layout="padded")),
     (ATTENTION_BACKWARD, ATTENTION_BACKWARD.case(b=2, hq=4, hk=2, sq=8, sk=12, d=16, dlse=1, layout="padded")),
     (ATTENTION_BACKWARD, ATTENTION_BACKWARD.case(dtype="fp32", b=2, hq=2, hk=2, sq=9, sk=7, d=8, causal="top_left")),
+    (ATTENTION_EXTENDED, ATTENTION_EXTENDED.case(mask="normal", sinks=1, packed=3, hq=2, hk=1, sq=9, sk=12, d=16)),
+    (ATTENTION_EXTENDED_BACKWARD, ATTENTION_EXTENDED_BACKWARD.case(packed=3, alibi=1, hq=2, hk=1, sq=9, sk=12, d=16)),
     (INT8_LINEAR, INT8_LINEAR.case(x="bf16", act_quant="row127", m=4, n=8, k=24)),
 )
 

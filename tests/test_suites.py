@@ -32,6 +32,8 @@ STRATEGIES: dict[str, Callable[[], SearchStrategy[Case]]] = {
     "fp4_linear": strategies.fp4_linear_cases,
     "attention": strategies.attention_cases,
     "attention_backward": strategies.attention_backward_cases,
+    "attention_extended": strategies.extended_attention_cases,
+    "attention_extended_backward": strategies.extended_attention_backward_cases,
     "tier_stack": strategies.tier_cases,
     "tier_fetch": strategies.tier_fetch_cases,
     "int8_linear": strategies.int8_linear_cases,
@@ -149,13 +151,15 @@ def test_check_cases_are_small_but_for_the_metric_ones() -> None:
     # The lengths at which a fused backward of another's was wrong, and those beside them.
     masked = [case for case in wide if case.op == "attention_masked_backward"]
     assert len(masked) == 4 and all(case.text("mask") == "shift" for case in masked)
-    units = [case for case in wide if case not in masked and case.axis("sq") < 256]
+    shifted = [case for case in wide if case.op == "attention_extended_backward"]
+    assert len(shifted) == 3 and all(case.text("mask") == "shifted" for case in shifted)
+    units = [case for case in wide if case not in masked + shifted and case.axis("sq") < 256]
     assert len(units) == 2 * len(attention.MATRIX_UNIT_SHAPES) <= 8
     assert all(elements(case) < 1_100_000 for case in units)
     # No interpreter runs these: torch's own matrix products do.
     whole = [case for case in model.SUITE.checks if case.op in ("train_step", "generate")]
     assert len(whole) <= 40 and all(elements(case) < 200_000 for case in whole)
-    small = {*blocks, *units, *whole, *masked}
+    small = {*blocks, *units, *whole, *masked, *shifted}
     large = [case for suite in SUITES for case in suite.checks if case not in small and elements(case) > 70_000]
     assert len(large) == len(ENCODINGS) * (len(fp4.METRIC_DISTRIBUTIONS) + 1) + 2 + 4 + 2
     metric_sizes = ("n=512,k=512", "n=512,k=2048", "sq=256,sk=256", "item_bytes=4096")

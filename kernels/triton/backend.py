@@ -14,6 +14,8 @@ BACKEND = DeclaredBackend(
         "fp4_linear": "vbench.kernels.triton.linear:make",
         "attention": "vbench.kernels.triton.attention:make",
         "attention_backward": "vbench.kernels.triton.attention_backward:make",
+        "attention_extended": "vbench.kernels.triton.attention_extended:make",
+        "attention_extended_backward": "vbench.kernels.triton.attention_extended:make_backward",
         "tier_fetch": "vbench.kernels.triton.fetch:make",
         "decoder_block": "vbench.kernels.triton.block:make",
     },

@@ -9,6 +9,7 @@ from vbench.kernels.triton import (
     attention_aot,
     attention_backward_aot,
     attention_backward_gluon_aot,
+    attention_extended_aot,
     block_aot,
     linear_aot,
 )
@@ -19,5 +20,6 @@ def configurations() -> Iterator[Configuration]:
     yield from attention_aot.configurations()
     yield from attention_backward_aot.configurations()
     yield from attention_backward_gluon_aot.configurations()
+    yield from attention_extended_aot.configurations()
     yield from linear_aot.configurations()
     yield from block_aot.configurations()

@@ -6,12 +6,25 @@ result's source digest does not change with another family's definitions. Import
 
 from __future__ import annotations
 
-from vbench.reference.ops import attention, block, fetch, fp4, insight, int8, masked, model, offload, tiers
+from vbench.reference.ops import (
+    attention,
+    attention_extended,
+    block,
+    fetch,
+    fp4,
+    insight,
+    int8,
+    masked,
+    model,
+    offload,
+    tiers,
+)
 from vbench.spec import Op
 
 OPS: tuple[Op, ...] = (
     *fp4.OPS,
     *attention.OPS,
+    *attention_extended.OPS,
     *masked.OPS,
     *tiers.OPS,
     *fetch.OPS,
