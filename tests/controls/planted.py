@@ -21,6 +21,16 @@ control = Register()
 PLANTED = 2.0
 NUMERICS = Numerics("fp32")
 
+MODEL: dict[str, int | str] = {
+    "family": "gpt",
+    "layers": 2,
+    "width": 16,
+    "heads": 2,
+    "inner": 32,
+    "vocab": 24,
+    "batch": 2,
+    "seq": 5,
+}
 CASES: dict[str, dict[str, int | str]] = {
     "fp4_quantize": {"fmt": "mxfp4", "n": 8, "k": 64},
     "fp4_dequantize": {"fmt": "nvfp4", "n": 8, "k": 64},
@@ -28,6 +38,8 @@ CASES: dict[str, dict[str, int | str]] = {
     "attention": {"hq": 2, "hk": 1, "sq": 16, "sk": 16, "d": 16},
     "attention_backward": {"hq": 2, "hk": 1, "sq": 16, "sk": 16, "d": 16, "dlse": 1},
     "attention_masked_backward": {"mask": "random", "h": 2, "sq": 16, "sk": 16, "d": 16},
+    "attention_extended": {"hq": 2, "hk": 1, "sq": 16, "sk": 16, "d": 16, "alibi": 1, "sinks": 1, "mask": "normal"},
+    "attention_extended_backward": {"hq": 2, "hk": 1, "sq": 16, "sk": 16, "d": 16, "sinks": 1, "mask": "normal"},
     "tier_stack": {
         "keys": 6,
         "item_bytes": 64,
@@ -42,6 +54,8 @@ CASES: dict[str, dict[str, int | str]] = {
     "int8_linear": {"m": 8, "n": 16, "k": 128},
     "svd": {"m": 12, "n": 9},
     "elementwise_chain": {"n": 64, "steps": 8},
+    "train_step": {**MODEL},
+    "generate": {**MODEL, "new": 3},
 }
 
 
