@@ -306,6 +306,8 @@ def extended_backward_oracle(
     if of_keys is not None:
         dk, dk_bound, dv, dv_bound = (of_keys(t) for t in (dk, dk_bound, dv, dv_bound))
     why = "" if bool(dv.abs().amax() > 0) else "no row sees a key, so zeros are right"
+    if not why and case.text("mask") == "shifted" and case.axis("sinks"):
+        why = "the mask leaves the sink all the weight, so that gradients are as small as zero's error"
     dtype = torch_dtype(out_name)
     no_sink = "" if case.axis("sinks") else "no sinks: their gradient is 0"
     return {

@@ -28,7 +28,7 @@ from vbench.spec import Case, Numerics, resolve
 from vbench.suites.model import SUITE
 from vbench.worker import Worker
 
-CASES = [c for c in SUITE.checks if DECODER_BLOCK.reject(c) is None]
+CASES = [c for c in SUITE.checks if c.op == DECODER_BLOCK.name and DECODER_BLOCK.reject(c) is None]
 BF16 = Numerics("fp32", probabilities="bf16", stores=("bf16",))
 
 

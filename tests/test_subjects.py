@@ -472,7 +472,8 @@ def small(case: Case) -> bool:
 def test_peers_pass_the_fixed_attention_cases(variant: str) -> None:
     over: dict[str, float] = {}
     refused = 0
-    for case in filter(small, ATTENTION_SUITE.checks):
+    cases = [c for c in ATTENTION_SUITE.checks if small(c) and c.op in ("attention", "attention_backward")]
+    for case in cases:
         try:
             kernel = make(TORCH_NATIVE, case, variant)
         except Unsupported:
@@ -486,5 +487,6 @@ def test_peers_pass_the_fixed_attention_cases(variant: str) -> None:
 
 def test_torch_backend_passes_the_fixed_cases() -> None:
     cases = [case for suite in (FP4_SUITE, ATTENTION_SUITE) for case in suite.checks if small(case)]
+    cases = [case for case in cases if case.op in TORCH.ops]
     over = {case.id: worst for case in cases for worst in judge(make(TORCH, case), case).values() if worst > 1}
     assert over == {} and len(cases) > 150

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vbench.backend import DeclaredBackend, Device, Kernel, Launch
+from vbench.backend import Device, Kernel, Launch
 from vbench.errors import Unsupported
 from vbench.kernels.peers.dense_linear import ACTIVATIONS
 from vbench.spec import Case, Numerics
@@ -21,13 +21,6 @@ from vbench.spec import Case, Numerics
 GROUP = 128
 #: Tiles of 16 along k that a packed block holds; torchao packs with this number.
 INNER_K_TILES = 8
-
-BACKEND = DeclaredBackend(
-    name="tinygemm",
-    role="peer",
-    summary="torch._weight_int4pack_mm: torch's own INT4 kernel (gpt-fast's, torchao's) on absmax7_g128",
-    ops={"fp4_linear": "vbench.kernels.peers.int4_tinygemm:make"},
-)
 
 
 @dataclass(slots=True)
