@@ -307,7 +307,9 @@ def extended_backward_oracle(
         dk, dk_bound, dv, dv_bound = (of_keys(t) for t in (dk, dk_bound, dv, dv_bound))
     why = "" if bool(dv.abs().amax() > 0) else "no row sees a key, so zeros are right"
     if not why and case.text("mask") == "shifted" and case.axis("sinks"):
-        why = "the mask leaves the sink all the weight, so that gradients are as small as zero's error"
+        pairs = ((dq, dq_bound), (dk, dk_bound), (dv, dv_bound), (dsink, dsink_bound))
+        if all(bool((value.abs() <= bound).all()) for value, bound in pairs):
+            why = "the mask leaves the sink all the weight: every gradient is smaller than its error may be"
     dtype = torch_dtype(out_name)
     no_sink = "" if case.axis("sinks") else "no sinks: their gradient is 0"
     return {

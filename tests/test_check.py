@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vbench import check
+from vbench.controls.planted import CASES
 from vbench.record import Outcome
 from vbench.reference.ops import OPS
 from vbench.spec import Case, Expected, Numerics, Op, resolve
@@ -87,44 +88,6 @@ def test_same_bits(a: float) -> None:
     t = torch.tensor([a, 1.0])
     assert check.same_bits(t, t.clone())
     assert not check.same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
-
-
-MODEL: dict[str, int | str] = {
-    "family": "gpt",
-    "layers": 2,
-    "width": 16,
-    "heads": 2,
-    "inner": 32,
-    "vocab": 24,
-    "batch": 2,
-    "seq": 5,
-}
-CASES: dict[str, dict[str, int | str]] = {
-    "fp4_quantize": {"fmt": "nvfp4", "n": 4, "k": 32},
-    "fp4_dequantize": {"fmt": "absmax7_row", "n": 4, "k": 32},
-    "fp4_linear": {"fmt": "nvfp4", "x": "bf16", "m": 4, "n": 8, "k": 64},
-    "attention": {"hq": 2, "hk": 1, "sq": 8, "sk": 8, "d": 16},
-    "attention_backward": {"hq": 2, "hk": 1, "sq": 8, "sk": 8, "d": 16, "dlse": 1},
-    "attention_masked_backward": {"mask": "random", "h": 2, "sq": 16, "sk": 16, "d": 16},
-    "attention_extended": {"hq": 2, "hk": 1, "sq": 8, "sk": 8, "d": 16, "alibi": 1, "sinks": 1, "mask": "normal"},
-    "attention_extended_backward": {"hq": 2, "hk": 1, "sq": 8, "sk": 8, "d": 16, "sinks": 1, "mask": "normal"},
-    "tier_stack": {
-        "keys": 4,
-        "item_bytes": 64,
-        "steps": 20,
-        "gpu_bytes": 128,
-        "host_bytes": 256,
-        "file_bytes": 4096,
-    },
-    "tier_fetch": {"fmt": "nvfp4", "n": 4, "k": 32},
-    "decoder_block": {"family": "llama", "fmt": "nvfp4", "s": 4, "hidden": 32, "hq": 2, "hk": 1, "inner": 64},
-    "int8_linear": {"m": 4, "n": 8, "k": 64},
-    "svd": {"m": 7, "n": 5},
-    "elementwise_chain": {"n": 32, "steps": 4},
-    "offload_pass": {"mode": "train", "layers": 3, "width": 32, "tokens": 4, "gpu_bytes": 1 << 16},
-    "train_step": {**MODEL},
-    "generate": {**MODEL, "new": 3},
-}
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)

@@ -47,6 +47,14 @@ def test_whole_cases_within_the_limit_and_nothing_lost(
         assert sum(j.case == case and j.backend not in refusing for j in found.postponed) > left
 
 
+def test_of_a_case_what_something_rests_on_comes_before_its_other_kernels() -> None:
+    jobs = [job(n, backend) for n in range(4) for backend in "abcd"]
+    found = within_limit(jobs, 11, lambda _: True, lambda j: j.backend in "ab")
+    assert {(j.case, j.backend) for j in jobs if j.backend in "ab"} <= {(j.case, j.backend) for j in found.rows}
+    rest = [j for j in found.rows if j.backend in "cd"]
+    assert len(rest) == 2 and len({j.case for j in rest}) == 1, "of the others one whole group fits"
+
+
 def test_without_a_limit_everything_is_kept() -> None:
     jobs = [job(n, b) for n in range(50) for b in "abcdefgh"]
     found = within_limit(jobs, None, lambda _: True, lambda _: False)
@@ -63,17 +71,10 @@ def test_ops_take_turns() -> None:
 def test_a_run_of_everything_on_a_gpu_stays_within_300_rows_and_keeps_what_claims_rest_on(
     effort: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worst case: no kernel refuses anything, but for variants and peers that are named for what they take."""
+    """The worst case: no kernel refuses anything, but for variants that name what they take."""
 
-    #: The one weight format each of these peers has; the document has its own.
-    formats = {"tinygemm": "absmax7_g128", "bitsandbytes": "nf4", "torchao": "nvfp4"}
-
-    def refuses(backend: str, question: survey.Question) -> bool:
+    def refuses(question: survey.Question) -> bool:
         op, case_id, variant = question
-        if op == "fp4_linear" and backend in formats:
-            return f"[fmt={formats[backend]}," not in case_id
-        if op == "fp4_linear" and backend == "as_written":
-            return "[fmt=absmax7_" not in case_id
         if op == "fp4_linear" and variant.startswith("cublas_"):
             return f",x={variant.removeprefix('cublas_')}," not in case_id
         if op == "offload_pass" and variant == "double_buffer":
@@ -82,11 +83,7 @@ def test_a_run_of_everything_on_a_gpu_stays_within_300_rows_and_keeps_what_claim
 
     def all_ok(infos: Any, device: str, questions: Any) -> dict[tuple[str, str, str, str], survey.Answer]:
         assert device == "cuda"
-        return {
-            (i.name, *q): survey.Answer("unsupported" if refuses(i.name, q) else "ok")
-            for i in infos
-            for q in questions(i)
-        }
+        return {(i.name, *q): survey.Answer("unsupported" if refuses(q) else "ok") for i in infos for q in questions(i)}
 
     monkeypatch.setattr(survey, "ask_all", all_ok)
     infos = registry.backends()
@@ -102,13 +99,6 @@ def test_a_run_of_everything_on_a_gpu_stays_within_300_rows_and_keeps_what_claim
     def needed(j: Job) -> bool:
         return any(may_rest_on(r, j.backend, j.variant, j.case) for r in needs if r.kind == "time")
 
-    # Peers on which no claim rests can take the room of what claims rest on, as whole cases are kept; without them all
-    # of that is timed.
-    beside = ("bitsandbytes", "torchao", "accelerate", "tinygemm")
-    needed_alone = [
-        i.name for i in infos.values() if i.distribution == registry.OWN_DISTRIBUTION and i.name not in beside
-    ]
-    planned, _ = commands._plan({**recipe, "backends": needed_alone}, infos)
     assert not [j.case for j in planned.postponed if needed(j)]
     assert any(map(needed, planned.rows))
     if effort == "standard":

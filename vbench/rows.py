@@ -1,7 +1,8 @@
 """How many rows a run times, and how long that takes. Pure.
 
 A row is one timed case on one kernel. An effort has a limit, so that a run on a GPU ends in minutes whatever suites are
-installed: cases beyond it wait for ``--effort full``. Whole cases are kept or postponed, as a ratio needs both sides.
+installed: cases beyond it wait for ``--effort full``. Both sides of a ratio are kept or postponed together: of a case
+those kernels that something rests on, and then the others, are one group each.
 """
 
 from __future__ import annotations
@@ -56,32 +57,36 @@ def within_limit(
         jobs: the ordered plan.
         most: rows that may be timed.
         takes_slot: whether a timed job is measured here; one that is refused or unavailable is planned and not counted.
-        first: whether something rests on a job; its case comes before those on which nothing does.
+        first: whether something rests on a job; such jobs come before those on which nothing does.
 
-    Cases are taken in turn over the ops, each op's in the order of the plan, and one that does not fit is passed over.
+    Groups are taken in turn over the ops, each op's in the order of the plan, and one that does not fit is passed over.
     """
-    cases: dict[tuple[str, str], list[Job]] = {}
+
+    def group(job: Job) -> tuple[str, str, bool]:
+        return job.op, job.case, first(job)
+
+    groups: dict[tuple[str, str, bool], list[Job]] = {}
     for job in jobs:
         if job.kind == "time":
-            cases.setdefault((job.op, job.case), []).append(job)
-    weight = {key: sum(map(takes_slot, some)) for key, some in cases.items()}
+            groups.setdefault(group(job), []).append(job)
+    weight = {key: sum(map(takes_slot, some)) for key, some in groups.items()}
     left = sum(weight.values()) if most is None else most
-    kept: set[tuple[str, str]] = set()
+    kept: set[tuple[str, str, bool]] = set()
     for wanted in (True, False):
-        by_op: dict[str, list[tuple[str, str]]] = {}
-        for key, some in cases.items():
-            if any(map(first, some)) is wanted:
+        by_op: dict[str, list[tuple[str, str, bool]]] = {}
+        for key in groups:
+            if key[2] is wanted:
                 by_op.setdefault(key[0], []).append(key)
         for turn in zip_longest(*by_op.values()):
             for key in turn:
                 if key is not None and weight[key] <= left:
                     kept.add(key)
                     left -= weight[key]
-    taken = tuple(job for job in jobs if job.kind != "time" or (job.op, job.case) in kept)
+    taken = tuple(job for job in jobs if job.kind != "time" or group(job) in kept)
     rows = tuple(job for job in taken if job.kind == "time" and takes_slot(job))
     if most is not None and len(rows) > most:
         raise AssertionError(f"{len(rows)} rows planned, {most} allowed")
-    postponed = tuple(job for job in jobs if job.kind == "time" and (job.op, job.case) not in kept)
+    postponed = tuple(job for job in jobs if job.kind == "time" and group(job) not in kept)
     return Limited(taken, rows, postponed)
 
 

@@ -8,6 +8,7 @@ same layer with the decoded weight. Gradients reach its input and its bias, not 
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -33,7 +34,7 @@ def release_places() -> None:
     _place.cache_clear()
 
 
-class StandIn(nn.Module):
+class StandIn(nn.Module, ABC):
     """A layer in the place of another, whose parameters it keeps: the weight on the host, the bias as its own.
 
     ``state_dict`` has the keys, shapes and values of the layer it stands for; ``load_state_dict`` takes such and
@@ -46,9 +47,9 @@ class StandIn(nn.Module):
         self.out_features, self.in_features = site.shape
         self.bias = site.bias
 
+    @abstractmethod
     def encode(self) -> None:
         """Make the codes anew from the kept weight."""
-        raise NotImplementedError
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         weight = self._site[0].weight
@@ -140,7 +141,7 @@ class PackedLinear(StandIn):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in], in the layer's dtype or under autocast -> [..., out]."""
-        y: Tensor = _Product.apply(x, self.bias, self.decoded)  # type: ignore[no-untyped-call]
+        y: Tensor = _Product.apply(x, self.bias, self.decoded)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return y
 
     def extra_repr(self) -> str:

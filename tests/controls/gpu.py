@@ -46,7 +46,7 @@ def side_stream(s: Setting) -> None:
         multiply_into(s, s.out["y"])
         return
     if "stream" not in s.memory:
-        s.memory["stream"] = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        s.memory["stream"] = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     with torch.cuda.stream(s.memory["stream"]):
         multiply_into(s, s.out["y"])
 

@@ -30,7 +30,7 @@ def staged(tile: int, barrier: bool) -> Any:
     """
 
     @cuda.jit
-    def kernel(x, w, y):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    def kernel(x, w, y):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202  # numba types it
         buffer = cuda.shared.array(tile, float32)
         row, t, k, n = cuda.blockIdx.x, cuda.threadIdx.x, x.shape[1], w.shape[0]
         for column in range(t, n, tile):
@@ -64,7 +64,7 @@ def prefetching(guarded: bool) -> Any:
     """
 
     @cuda.jit
-    def kernel(x_flat, w, y):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    def kernel(x_flat, w, y):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202  # numba types it
         at = cuda.grid(1)
         m, n, k = y.shape[0], y.shape[1], w.shape[1]
         if at >= m * n:
@@ -88,7 +88,7 @@ def split(atomic: bool) -> Any:
     """
 
     @cuda.jit
-    def kernel(x, w, y):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    def kernel(x, w, y):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202  # numba types it
         row, part, k = cuda.blockIdx.x, cuda.blockIdx.y, x.shape[1]
         step = (k + PARTS - 1) // PARTS
         for column in range(cuda.threadIdx.x, w.shape[0], cuda.blockDim.x):

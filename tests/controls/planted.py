@@ -31,6 +31,7 @@ MODEL: dict[str, int | str] = {
     "batch": 2,
     "seq": 5,
 }
+#: A small case of every operation.
 CASES: dict[str, dict[str, int | str]] = {
     "fp4_quantize": {"fmt": "mxfp4", "n": 8, "k": 64},
     "fp4_dequantize": {"fmt": "nvfp4", "n": 8, "k": 64},
