@@ -259,9 +259,9 @@ def _masked(draw: st.DrawFn, lengths: SearchStrategy[int], head_dims: tuple[int,
 
 
 def attention_masked_backward_cases() -> SearchStrategy[Case]:
-    """attention_masked_backward: every mask; sq, sk <= 32, since beyond that torch's flash backward on a CPU exceeds its
-    budget under random masks (up to 1.2 times; that it rounds dv between blocks of rows is a guess). The larger ones a
-    GPU is searched with.
+    """attention_masked_backward: every mask; sq, sk <= 32, since beyond that torch's flash backward on a CPU exceeds
+    its budget under random masks (up to 1.2 times; that it rounds dv between blocks of rows is a guess). A GPU is
+    searched with larger ones.
     """
     return _masked(st.integers(2, 32), (8, 16, 32))
 
