@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import gc
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +26,7 @@ from vbench.kernels.tiers.links import HostLinks
 from vbench.kernels.tiers.marks import Mark, Marks
 from vbench.kernels.tiers.residency import plan
 from vbench.kernels.tiers.schedule import Order
-from vbench.kernels.tiers.tiered import Tiered, tier
+from vbench.kernels.tiers.tiered import Tiered, tier, tiered_modules
 from vbench.kernels.tiers.units import ALIGN_BYTES, discover
 
 MUCH = Budget(gpu=1 << 30, pinned=1 << 30, activations=0)
@@ -193,10 +195,10 @@ def test_training_is_bitwise_the_same(
 def test_forgetting_to_wait_for_a_copy_is_noticed() -> None:
     mine, theirs = pair()
     links = (LateCopies(forget="compute_wait"), LateCopies())
-    handle = tier(mine, budget=Budget(least_bytes(mine), 1 << 20, 0), device="cpu", links=links)
-    for slot in handle._slots:
-        slot.memory_u8.fill_(255)
-    assert not torch.equal(mine(tokens()), theirs(tokens())), "the control: unfinished copies must show"
+    with tier(mine, budget=Budget(least_bytes(mine), 1 << 20, 0), device="cpu", links=links) as handle:
+        for slot in handle._slots:
+            slot.memory_u8.fill_(255)
+        assert not torch.equal(mine(tokens()), theirs(tokens())), "the control: unfinished copies must show"
 
 
 def test_a_slot_reused_under_a_saved_tensor_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,20 +207,31 @@ def test_a_slot_reused_under_a_saved_tensor_is_noticed(monkeypatch: pytest.Monke
 
     mine, theirs = pair()
     monkeypatch.setattr(slots.Slot, "idle", property(lambda self: self.leases == 0))
-    handle = tier(mine, budget=Budget(least_bytes(mine), 1 << 20, 0), device="cpu")
-    monkeypatch.setattr(handle, "_by_address", {})
-    mine(tokens()).square().mean().backward()
-    theirs(tokens()).square().mean().backward()
-    assert same_gradients(mine, theirs) != []
+    with tier(mine, budget=Budget(least_bytes(mine), 1 << 20, 0), device="cpu") as handle:
+        monkeypatch.setattr(handle, "_by_address", {})
+        mine(tokens()).square().mean().backward()
+        theirs(tokens()).square().mean().backward()
+        assert same_gradients(mine, theirs) != []
 
 
 def test_a_saved_slot_is_never_reused() -> None:
     """Without the saving hooks autograd keeps aliases: the engine refuses rather than overwrite them."""
     mine, _ = pair()
-    handle = tier(mine, budget=Budget(least_bytes(mine), 1 << 20, 0), device="cpu")
-    handle._by_address = {}
-    with pytest.raises(BudgetError, match="saved tensors still look at"):
-        mine(tokens())
+    with tier(mine, budget=Budget(least_bytes(mine), 1 << 20, 0), device="cpu") as handle:
+        handle._by_address = {}
+        with pytest.raises(BudgetError, match="saved tensors still look at"):
+            mine(tokens())
+
+
+def test_what_nobody_closed_goes_with_its_module() -> None:
+    mine, _ = pair()
+    tier(mine, budget=Budget(least_bytes(mine), 1 << 20, 0), device="cpu")
+    mine(tokens()).sum().backward()
+    gone = weakref.ref(mine)
+    assert mine in tiered_modules()
+    del mine
+    gc.collect()
+    assert gone() is None
 
 
 def test_parameters_stay_the_same_objects_and_views() -> None:

@@ -8,6 +8,7 @@ the sum is made on the host, in the same precision.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -44,6 +45,9 @@ class _Copy:
 class HostGradients:
     """Homes of the gradients and the copies to them.
 
+    The tensor hooks made here know their parameter weakly: torch holds hooks where Python's garbage collector does not
+    look, so a parameter that its own hook refers to would never be freed.
+
     Args:
         links: from the device to the host.
         room_bytes: of host memory for homes.
@@ -65,9 +69,11 @@ class HostGradients:
 
     def before(self, parameter: nn.Parameter, streamed: Callable[[], bool]) -> Callable[[Tensor], None]:
         """A tensor hook: take an existing gradient out of autograd's way, and be told when this backward ends."""
+        known = weakref.ref(parameter)
 
         def hook(gradient: Tensor) -> None:
-            if not streamed():
+            parameter = known()
+            if parameter is None or not streamed():
                 return
             with self._lock:
                 task = _graph_task()
@@ -83,9 +89,11 @@ class HostGradients:
 
     def after(self, parameter: nn.Parameter, streamed: Callable[[], bool]) -> Callable[[Tensor], None]:
         """A post-accumulation hook: begin the copy home."""
+        known = weakref.ref(parameter)
 
         def hook(_: Tensor) -> None:
-            if not streamed():
+            parameter = known()
+            if parameter is None or not streamed():
                 return
             gradient = parameter.grad
             assert gradient is not None, "the hook runs right after accumulation"

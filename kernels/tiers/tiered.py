@@ -64,7 +64,8 @@ from vbench.kernels.tiers.units import Unit, View, deepest, discover
 #: Device bytes a resident trainable weight costs per byte of its own: itself, its gradient, two moments.
 TRAINING_COST = 4.0
 
-_tiered: weakref.WeakKeyDictionary[nn.Module, Tiered] = weakref.WeakKeyDictionary()
+# Handles are held weakly too: a handle knows its module, so a strong value would keep both alive for ever.
+_tiered: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Tiered]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(slots=True)
@@ -495,7 +496,14 @@ class Tiered:
                     raise TierError(f"{unit.name} lies {where}; close() the tiers, load, and tier the module again")
 
     def _is_streamed(self, unit: Unit) -> Callable[[], bool]:
-        return lambda: not self.residency.resident[unit.index]
+        """For hooks of tensors, hence weak (see ``HostGradients``). Nothing streams whose handle is gone."""
+        known, index = weakref.ref(self), unit.index
+
+        def streamed() -> bool:
+            handle = known()
+            return handle is not None and not handle.residency.resident[index]
+
+        return streamed
 
     @property
     def _mine(self) -> _Local:
@@ -892,15 +900,16 @@ def tier(
     """
     storage_references(torch.empty(1, dtype=torch.uint8))
     _outer_hooks()
+    tiered = tiered_modules()
     for part in module.modules():
-        if part in _tiered:
+        if part in tiered:
             raise TierError(f"{type(part).__name__} is tiered already; close() its handle first")
     handle = Tiered(module, budget, torch.device(device), slots, reads_children, links, io, codec, decoder)
     for part in module.modules():
-        _tiered[part] = handle
+        _tiered[part] = weakref.ref(handle)
     return handle
 
 
 def tiered_modules() -> Mapping[nn.Module, Tiered]:
     """Modules tiered now, each with its handle."""
-    return dict(_tiered)
+    return {part: handle for part, held in list(_tiered.items()) if (handle := held()) is not None}
