@@ -35,6 +35,7 @@ check: setup
 test: check gate wheel-test models-test
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 	for doc in $(GENERATED); do $(BIN)/vbench claims check $$doc || exit 1; done
+	$(BIN)/python docs/tuning/targets.py --check
 
 gate: setup $(OTHER_TRITON)/.ready
 	$(BIN)/vbench run --suite compile --effort $(GATE) --out $(RUNS)
@@ -73,6 +74,7 @@ format: setup
 
 claims: setup
 	for doc in $(GENERATED); do $(BIN)/vbench claims update $$doc || exit 1; done
+	$(BIN)/python docs/tuning/targets.py --write
 
 # What each kernel takes, as the kernels themselves say; a test holds the document to it.
 matrix: setup

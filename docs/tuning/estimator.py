@@ -70,8 +70,10 @@ def make_optimizer(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
 
 def small(shape: ModelShape, work: Workload) -> tuple[ModelShape, Workload]:
     """The point with everything kept that is not a size."""
-    heads = {"heads": 4, "kv_heads": 4 if shape.kv_heads == shape.heads else 2, "head_dim": 16}
-    shape = replace(shape, layers=2, width=64, inner=96, vocabulary=300, context=64, **heads)
+    shape = replace(
+        shape, layers=2, width=64, heads=4, kv_heads=4 if shape.kv_heads == shape.heads else 2, head_dim=16, inner=96,
+        vocabulary=300, context=64,
+    )  # fmt: skip
     return shape, replace(work, batch=1, sequence=16)
 
 
