@@ -21,6 +21,7 @@ FROZEN = {
     "doctor": "--json",
     "gate": f"run --baseline --against --strict --format {PAIRS}",
     "ab": f"a b --strict --format {PAIRS}",
+    "baseline measure": "--suite --op --case --backend --effort --claims --device --pairs --limit-s --resume --seed --out",
     "baseline update": "runs --baseline --document --ledger --out --write --json",
     "backend check": "name --op --device --effort --seed --out --json",
     "fuzz": "--backend --case --suite --op --device --cases --limit-s --shrink-s --frames --workers --seed "
