@@ -512,6 +512,8 @@ def test_cheapest() -> None:
     cases = [ab.Chosen("o", name) for name in "abcd"]
     found = selftest.cheapest(cases, {"a": 3.0, "b": 1.0, "c": 2.0, "d": 4.0}, 2, 1)
     assert [c.case for c in found] == ["c", "a"]
+    found = selftest.cheapest(cases, {"a": 3.0, "b": 0.0, "d": 4.0}, 4, 0)
+    assert [c.case for c in found] == ["a", "d", "b", "c"], "of b and c nothing is known"
 
 
 def test_what_is_unfinished_is_counted_cell_by_cell() -> None:
@@ -555,6 +557,9 @@ def test_a_baseline_is_measured_updated_and_gated(
     assert len(read_records(kept)) == 12
     assert main(["gate", second.name, "--out", str(out), "--baseline", str(kept)]) == 0
     assert main(["gate", second.name, "--out", str(out), "--baseline", str(kept), "--strict"]) == 3, "one is missing"
+    again = [*measure[:-2], "--baseline", str(kept), "--op", "tier_stack", "--pairs", "1"]
+    assert main([*again, "--resume", first]) == 0
+    assert "nothing left to measure" in capsys.readouterr().out
     slower = Machine(lambda side, backend, case: 1.2e-5)
     monkeypatch.setattr(ab.Workers, "start", lambda self, side, backend: slower.start(side, backend))
     assert main(["baseline", "measure", *common, "--case", RESIDENT, "--pairs", "1"]) == 0

@@ -59,6 +59,7 @@ def add_commands(commands: Any) -> None:
     measure.add_argument("--backend", action="append", default=[], metavar="NAME", help="repeatable (our own)")
     measure.add_argument("--effort", choices=("quick", "standard", "full"), default="quick", help="which cases (quick)")
     measure.add_argument("--claims", action="store_true", help="only cells that a claim rests on")
+    measure.add_argument("--baseline", type=Path, metavar="DIR", help="only cells of these records, of any effort")
     measure.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where (auto)")
     measure.add_argument("--pairs", type=int, default=3, metavar="N", help="process pairs, two processes each (3)")
     measure.add_argument("--limit-s", type=float, metavar="S", help="measure as many cells as this has time for")

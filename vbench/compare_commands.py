@@ -221,7 +221,7 @@ def baseline_measure(arguments: argparse.Namespace) -> int:
         UsageError, DataError: names that are none, nothing to measure, or records that cannot be read.
     """
     done = _joined(arguments.resume, arguments.out)
-    infos, cases, backends = _own_cases(arguments, arguments.effort)
+    infos, cases, backends = _own_cases(arguments, arguments.effort if arguments.baseline is None else "full")
     every = selftest.cells_of(cases, infos, backends, injected=False)
     needs = [
         c.restated for b in commands.ledgers().values() for c in b.claims if c.restated and c.restated.kind == "time"
@@ -233,6 +233,9 @@ def baseline_measure(arguments: argparse.Namespace) -> int:
     cells = selftest.unfinished(sorted(every, key=idle), done, arguments.pairs)
     if arguments.claims:
         cells = [c for c in cells if not idle(c)]
+    if arguments.baseline is not None:
+        held = {(case, who) for case, who, _ in baseline.readings(read_records(arguments.baseline))}
+        cells = [c for c in cells if (c.case, c.who) in held]
     if not every:
         raise UsageError("baseline measure: no timed case of these backends here; name one with --case")
     if not cells:

@@ -7,6 +7,7 @@ runs can be joined.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -165,7 +166,7 @@ def cheapest(cases: Iterable[Chosen], cost_s: Mapping[str, float], number: int, 
     """``number`` of the cases with the smallest lower bound on their time, after the first ``skip`` of them.
 
     Args:
-        cost_s: by case id; a case whose bound is not known counts as free.
+        cost_s: by case id; cases whose bound is not known, or is 0, come last: a sample is at least 100 launches.
     """
-    ordered = sorted(cases, key=lambda c: (cost_s.get(c.case, 0.0), c.case))
+    ordered = sorted(cases, key=lambda c: (cost_s.get(c.case) or math.inf, c.case))
     return ordered[skip : skip + number]
