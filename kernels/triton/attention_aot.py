@@ -70,6 +70,8 @@ def _compile_gluon(dtype: str, d: int, tile: GluonTile, causal: bool) -> Cubin:
         "WORKERS": tile.workers,
         "WORKER_REGISTERS": tile.registers,
         "ROUND_EARLY": tile.round_early,
+        "POLYNOMIAL": tile.polynomial,
+        "KEEP_PEAK": tile.keep_peak,
         "CAUSAL": causal,
     }
     types = {"lse_ptr": "*fp32", "exponent_scale": "fp32"}
