@@ -38,6 +38,13 @@ LN2 = gl.constexpr(0.6931471805599453)
 PEAK_SLACK = gl.constexpr(8.0)
 #: 1.5 * 2^23: added to a float32 below 2^22, it leaves the nearest integer in the low bits.
 ROUNDER = gl.constexpr(12582912.0)
+#: 2^x on [-1/2, 1/2] is POWER_0 + POWER_1 x + ...: least relative error at 2000 Chebyshev nodes (Lawson's iteration).
+POWER_0 = gl.constexpr(1.0000001192092896)
+POWER_1 = gl.constexpr(0.6931469440460205)
+POWER_2 = gl.constexpr(0.24022120237350464)
+POWER_3 = gl.constexpr(0.05550713092088699)
+POWER_4 = gl.constexpr(0.009675540961325169)
+POWER_5 = gl.constexpr(0.001327647129073739)
 
 #: Flag of two rows of a thread: 1 in the whole warp if the factor of any of its rows is not 1.
 _ANY_ROW = gl.constexpr(
@@ -167,18 +174,18 @@ def _produce(
 
 @gluon.jit
 def _exp2_by_fma(x):
-    """2^x for x <= 8 without the exponential unit: an integer's power, which moves the exponent, times that of a rest in
-    [-1/2, 1/2], a polynomial of degree 5 (relative error 2^-23.6 before rounding). Below 2^-125 everything is 2^-125, so
-    masked scores must not come here.
+    """2^x for x <= 8 without the exponential unit: an integer's power, which moves the exponent, times that of a
+    rest in [-1/2, 1/2], a polynomial of degree 5 (relative error 2^-23.6 before rounding). Below 2^-125 everything is
+    2^-125, so masked scores must not come here.
     """
     x = gl.maximum(x, -125.0)
     shifted = x + ROUNDER
     rest = x - (shifted - ROUNDER)
-    power = rest * 0.001327647129073739 + 0.009675540961325169
-    power = power * rest + 0.05550713092088699
-    power = power * rest + 0.24022120237350464
-    power = power * rest + 0.6931469440460205
-    power = power * rest + 1.0000001192092896
+    power = rest * POWER_5 + POWER_4
+    power = power * rest + POWER_3
+    power = power * rest + POWER_2
+    power = power * rest + POWER_1
+    power = power * rest + POWER_0
     return (power.to(gl.int32, bitcast=True) + (shifted.to(gl.int32, bitcast=True) << 23)).to(gl.float32, bitcast=True)
 
 
