@@ -208,6 +208,8 @@ class PlainForward:
     numerics: Numerics
     produces: tuple[str, ...] = ("out", "lse")
     deterministic: bool = True
+    #: Tile and path follow from lengths, head dim, mask and strides, not from the number of heads or batch elements.
+    batch_invariant: bool = True
 
     def plan(self, k: Any, v: Any) -> tuple[Tile, bool]:
         """The tile, and whether K and V come through tensor descriptors."""

@@ -28,6 +28,8 @@ class GluonForward:
     numerics: Numerics
     produces: tuple[str, ...] = ("out", "lse")
     deterministic: bool = True
+    #: Tile and path follow from lengths, head dim, mask and strides, not from the number of heads or batch elements.
+    batch_invariant: bool = True
 
     def bind(self, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> Launch:
         """Bind q, k, v to a launch that writes ``out`` and ``lse``.
