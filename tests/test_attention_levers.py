@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,6 +138,51 @@ def test_table_shows_what_the_tables_say_and_the_best(tuner: ModuleType) -> None
     assert "table 0.500 [0.500, 0.500]" in gluon and f"{found[2][6:]} 0.800 [0.800, 0.800]" in gluon
     assert "| plain | table 0.500" in plain
     assert gluon.count("[") == plain.count("[") == 3
+
+
+@needs_triton
+def test_a_run_leaves_out_what_fails_and_keeps_what_it_has(
+    tuner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Compiler, checks and clock replaced: one machine code refused, one candidate wrong, time up after a cell."""
+    chosen = [where for where in tuner.CELLS if "S512" in where.name]
+    first = tuner.candidates(chosen[0])
+    ruled_out, wrong = tuner.code_key(first[-1], chosen[0]), f"{first[1].name}:D{chosen[0].d}"
+    monkeypatch.setattr(
+        tuner,
+        "compile_all",
+        lambda pairs: {
+            key: {"refused": "spills" if key == ruled_out else ""} for key in {tuner.code_key(c, w) for c, w in pairs}
+        },
+    )
+    monkeypatch.setattr(
+        tuner,
+        "check_all",
+        lambda jobs, processes, seconds: {
+            name: {"worst": 2.0 if name == wrong else 0.5, "same": True, "batch_invariant": True} for name in jobs
+        },
+    )
+    timed: list[list[str]] = []
+
+    def time_cell(where: Any, found: Sequence[Any], rounds: int) -> dict[str, list[float]]:
+        timed.append([candidate.name for candidate in found])
+        monkeypatch.setattr(tuner, "time", SimpleNamespace(monotonic=lambda: 1e12))
+        return sample(["cudnn", *timed[-1]], [1.0] * (len(found) + 1))
+
+    monkeypatch.setattr(tuner, "time_cell", time_cell)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    assert tuner.main(["--out", str(tmp_path), "--only", "S512"]) == 0
+    (names,) = timed
+    assert set(names) == {candidate.name for candidate in first} - {
+        first[1].name,
+        *(c.name for c in first if tuner.code_key(c, chosen[0]) == ruled_out),
+    }
+    report = json.loads((tmp_path / "levers.json").read_text(encoding="utf-8"))
+    assert [row["cell"]["s"] for row in report["timed"]] == [512] and set(report["compiled"]) > {ruled_out}
+    said = capsys.readouterr().out
+    assert f"REFUSED {ruled_out} spills" in said and f"FAILED {wrong} 2.0" in said
+    assert f"out of time before {chosen[1].name}" in said
+    assert said.splitlines()[-1].startswith(chosen[0].name)
 
 
 def test_interval_of_a_median(tuner: ModuleType) -> None:

@@ -115,6 +115,7 @@ def plain(
 def gluon(dtype: str, d: int, tile: GluonTile, *, causal: bool, effort: Effort = "standard") -> Configuration:
     """The Gluon kernel with one tile: loads by the copy engine, registers moved from the producer to the consumers."""
     full = d == 128 or tile.workers == 3
+    levers = {"polynomial": tile.polynomial, "keep_peak": int(tile.keep_peak)}
     return Configuration(
         op="attention",
         kernel="attention_forward_hopper",
@@ -129,6 +130,7 @@ def gluon(dtype: str, d: int, tile: GluonTile, *, causal: bool, effort: Effort =
             "registers": tile.registers,
             "round_early": int(tile.round_early),
             "causal": int(causal),
+            **{name: value for name, value in levers.items() if value},
         },
         compile=partial(_compile_gluon, dtype, d, tile, causal),
         instructions=("UTMALDG", "USETMAXREG"),
