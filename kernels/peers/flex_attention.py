@@ -20,20 +20,20 @@ OPTIONS: Mapping[str, Mapping[str, bool]] = {
 
 def probe(device: Device) -> Availability:
     """Usable where torch has the device and flex attention's ``AuxRequest``; records what each variant asks for."""
-    from vbench.environment import probe_torch
+    import torch
 
-    found = probe_torch(device)
-    if not found.usable:
-        return found
+    versions = {"torch": str(torch.__version__)}
     try:
         from torch.nn.attention.flex_attention import AuxRequest  # noqa: F401
     except ImportError as error:
-        return Availability(False, "none", f"flex_attention gives its lse from torch 2.9 on ({error})", found.versions)
+        return Availability(False, "none", f"flex_attention gives its lse from torch 2.9 on ({error})", versions)
+    if device == "cuda" and not torch.cuda.is_available():
+        return Availability(False, "none", "torch finds no CUDA device; run with --device cpu", versions)
     asked = {
         f"flex_attention[{variant}]": ", ".join(f"{k}={v}" for k, v in options.items()) or "torch's own options"
         for variant, options in OPTIONS.items()
     }
-    return Availability(True, "native", "", {**found.versions, **asked})
+    return Availability(True, "native", "", {**versions, **asked})
 
 
 BACKEND = DeclaredBackend(
