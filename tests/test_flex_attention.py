@@ -133,7 +133,9 @@ def test_what_is_refused() -> None:
     assert rule_of(ATTENTION_BACKWARD, device="cpu") == "no_backward_on_cpu"
     assert rule_of(ATTENTION, "max_autotune") == "not_autotuned"
     cell = ATTENTION.case(causal="bottom_right", b=4, hq=16, hk=16, sq=4096, sk=4096, d=128)
-    assert isinstance(flex.make(cell, "max_autotune", "cuda"), flex.Flex)
+    for variant in OPTIONS:
+        assert isinstance(flex.make(cell, variant, "cuda"), flex.Flex)
+    assert rule_of(ATTENTION, b=1, hq=16, hk=16, sq=16384, sk=16384, d=128) == "shown_with_tma"
     autotuned = [bench for bench in SUITE.benches if bench.case.op == "attention" and flex._autotuned(bench.case)]
     assert len(autotuned) == 4
 

@@ -35,6 +35,9 @@ MIN_PAIRS = 1 << 13
 RECOMPILE_LIMIT = 1024
 #: Where max-autotune is tried (it times some ten tiles a case): the papers' sweep at this length, four cells.
 AUTOTUNED_LENGTH, AUTOTUNED_HIDDEN, AUTOTUNED_TOKENS = 4096, 2048, 16384
+#: Cases with more pairs are timed, and each variant of one is compiled: there ``default`` stands beside ``tma`` at
+#: ``AUTOTUNED_LENGTH`` alone, so that a run does not compile for minutes what nobody who wants speed asks for.
+MAX_PAIRS_OF_DEFAULT = 1 << 26
 #: tl.dot's least inner size; torch/_inductor/kernel/flex/flex_attention.py refuses less.
 MIN_HEAD_DIM = 16
 #: What a tensor descriptor asks of addresses and strides (CUDA driver API, cuTensorMapEncodeTiled).
@@ -172,6 +175,9 @@ def _check(case: Case, variant: str, device: Device) -> None:
     pairs = case.axis("b") * case.axis("hq") * case.axis("sq") * case.axis("sk")
     if pairs < MIN_PAIRS:
         raise Unsupported("too_small_to_compile", f"{pairs} pairs; a compilation of seconds pays from {MIN_PAIRS}")
+    plain = case.op in ("attention", "attention_backward")
+    if device == "cuda" and variant == "default" and plain and pairs > MAX_PAIRS_OF_DEFAULT and not _autotuned(case):
+        raise Unsupported("shown_with_tma", f"{pairs} pairs: timed with TMA; take tma, or length {AUTOTUNED_LENGTH}")
     if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang", "cc")))):
         raise Unsupported("needs_compiler", "torch.compile needs a C compiler; install gcc or set CC")
 
@@ -191,7 +197,7 @@ def make(case: Case, variant: str, device: Device) -> Kernel:
 
     Raises:
         Unsupported: ``parameter_not_taken``; ``unknown_variant``; ``needs_cuda``; ``not_autotuned``; ``no_sinks``;
-            ``head_dim_below_16``; ``too_small_to_compile``; ``needs_compiler``.
+            ``head_dim_below_16``; ``too_small_to_compile``; ``shown_with_tma``; ``needs_compiler``.
     """
     _check(case, variant, device)
     produces = ("out", "lse") if device == "cuda" else ("out",)
