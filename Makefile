@@ -14,7 +14,7 @@ RUNS := results/runs
 # Test files run side by side.
 WORKERS := 2
 
-.PHONY: setup run test check gate wheel-test models-test format claims matrix controls baseline clean
+.PHONY: setup run test check gate wheel-test models-test format claims matrix features controls baseline clean
 
 setup: .venv/.ready
 
@@ -82,6 +82,11 @@ matrix: setup
 	$(BIN)/vbench list --matrix --device cpu >> docs/matrix.md
 	sed -i '/^## /,$$d' docs/conformance.md
 	$(BIN)/vbench list --matrix --kept results/conformance/h200.jsonl >> docs/conformance.md
+
+# Feature by attention kernel, as the kernels themselves say; a test holds the document to it.
+features: setup
+	sed -i '/^## /,$$d' docs/attention.md
+	$(BIN)/python docs/tuning/attention_features.py >> docs/attention.md
 
 # Controls over K and the list of them; a test holds the document to the corpus.
 controls: setup
