@@ -20,6 +20,7 @@ import triton.language as tl
 
 from vbench.kernels.triton._fp4 import (
     E2M1_DEFERRED,
+    INT4_DEFERRED,
     activate,
     e2m1_operands,
     e2m1_scales,
@@ -207,6 +208,8 @@ def fused_linear_kernel(
                 acc += tl.load(workspace + split * (BN * BM), cache_modifier=".cg")
     if finish:
         value = parts + acc if WALK > 1 else acc
+        if NATIVE and X == "bf16" and not E2M1 and FORMAT != "nf4":
+            value = value * INT4_DEFERRED
         if FORMAT == "absmax7_row":
             value = value * tl.load(scale_ptr + rows)[:, None]
         elif FORMAT == "absmax7_tensor":
