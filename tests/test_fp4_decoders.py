@@ -16,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from vbench.kernels.triton import _fp4, linear_gluon, packing
-from vbench.kernels.triton.linear_aot import unshared_scales
+from vbench.kernels.triton.linear_aot import unshared_scales, wgmma_from_memory
 from vbench.reference import fp4
 
 FLOATS = {"bf16x2": torch.bfloat16, "f16x2": torch.float16}
@@ -176,6 +176,16 @@ def test_scales_out_of_range_would_be_wrong_and_are_refused() -> None:
     assert not bool(torch.isfinite(scaled(high * 4, "LOW")[0]).all())
 
 
+@pytest.mark.parametrize(("fmt", "slow"), [("absmax7_g128", True), ("absmax7_row", False), ("nf4", False)])
+def test_a_packed_weight_remembers_scales_out_of_range(fmt: str, slow: bool) -> None:
+    """Only groups of 128 have scales that multiply weights; a launch looks at no scales any more."""
+    n, k = 2, 256
+    weight = fp4.quantize(fmt, torch.ones(n, k))
+    assert not packing.pack_weight(fmt, weight, n, k, 32, False).small_scales
+    weight["scale"] = torch.full_like(weight["scale"], 2 * packing.SCALED_RANGE[1])
+    assert packing.pack_weight(fmt, weight, n, k, 32, False).small_scales == slow
+
+
 def e2m1(x: str, words: Tensor, scales: Sequence[Tensor], whole: bool) -> list[Tensor]:
     """The four code positions' decoded lanes, by ``_fp4``'s decoder or the two halves of Gluon's."""
     if whole:
@@ -219,6 +229,13 @@ def test_unlike_registers_in_a_shared_pair_are_counted() -> None:
     ptx = "x;\n// shared: %r1 %r1, %r2 %r3\ny;\n// shared: %r4 %r4\n"
     assert unshared_scales(ptx) == 1
     assert unshared_scales(ptx.replace("%r3", "%r2")) == 0
+
+
+def test_products_whose_weights_come_from_shared_memory_are_counted() -> None:
+    head = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r1, %r2, %r3, %r4}, "
+    registers, memory = head + "{%r5, %r6, %r7, %r8}, %rd1, p, 1, 1, 1;\n", head + "%rd2, %rd1, p, 1, 1, 0, 1;\n"
+    assert wgmma_from_memory(registers * 3) == 0
+    assert wgmma_from_memory(registers + memory) == 1
 
 
 def test_a_wrong_decoder_is_told() -> None:
