@@ -71,6 +71,12 @@ class WorkerProcess:
         self._threads = threads
         self._process: subprocess.Popen[bytes] | None = None
         self._buffer = b""
+        self._ready = False
+
+    def begin(self) -> None:
+        """Start the process now and do not wait for it; the first request will, for what is left of its start."""
+        if self._process is None:
+            self._start()
 
     def _start(self) -> None:
         env = {**os.environ, **self._extra, "VBENCH_WORKER_THREADS": str(self._threads), "PYTHONUNBUFFERED": "1"}
@@ -84,14 +90,16 @@ class WorkerProcess:
                 start_new_session=True,
             )
         self._buffer = b""
+        self._ready = False
 
     def ask(self, request: Mapping[str, Any], deadline_s: float) -> dict[str, Any] | Failure:
         """Send one job and wait for its answer; kill the whole process group at the deadline."""
-        if self._process is None:
-            self._start()
+        self.begin()
+        if not self._ready:
             ready = self._read_line(START_DEADLINE_S)
             if isinstance(ready, Failure):
                 return Failure(ready.outcome, f"start_{ready.reason}", ready.detail)
+            self._ready = True
         assert self._process is not None and self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
