@@ -79,15 +79,15 @@ def test_every_part_is_a_command_that_is_there(tmp_path: Path) -> None:
 def test_an_interrupted_part_may_store_what_it_has_and_leaves_nothing_running(tmp_path: Path) -> None:
     parts = script("parts")
     code = """
-import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stderr=subprocess.DEVNULL)
+import subprocess, time
+child = subprocess.Popen(["sleep", "600"])
 print(child.pid, flush=True)
 try:
     time.sleep(600)
 except KeyboardInterrupt:
     print("stored")
 """
-    said, ended = parts.run("sleeps", ["-c", code], 3.0, tmp_path)
+    said, ended = parts.run("sleeps", ["-c", code], 10.0, tmp_path)
     pid, stored = said.split()
     assert ended is None and stored == "stored"
     # Gone, or a corpse that nobody has collected yet.
