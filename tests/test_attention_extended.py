@@ -297,8 +297,8 @@ def test_shifted_masks_reach_the_lse_at_which_cudnn_failed(interpreter: ProcessP
 @pytest.mark.parametrize(("sizes", "excused"), [((1, 1, 1), True), ((1, 5, 8), False), ((3, 5, 8), False)])
 def test_only_what_zeros_or_a_mean_may_answer_is_degenerate(sizes: tuple[int, int, int], excused: bool) -> None:
     sq, sk, d = sizes
-    rest: dict[str, int | str] = {"dtype": "fp32", "b": 1, "hq": 1, "hk": 1, "sq": sq, "sk": sk, "d": d, "sinks": 1}
-    for op in (registry.ops()["attention_extended"], registry.ops()["attention_extended_backward"]):
+    rest: dict[str, Any] = {"dtype": "fp32", "b": 1, "hq": 1, "hk": 1, "sq": sq, "sk": sk, "d": d, "sinks": 1}
+    for op in (ATTENTION_EXTENDED, ATTENTION_EXTENDED_BACKWARD):
         case = op.case(**rest)
         inputs = resolve(op.inputs)(case, "cpu")
         expected = resolve(op.oracle)(case, inputs, Numerics("fp32"), None)
