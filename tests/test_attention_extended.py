@@ -292,3 +292,15 @@ def test_shifted_masks_reach_the_lse_at_which_cudnn_failed(interpreter: ProcessP
         assert (meaning.extended_backward_inputs(case, "cpu")["lse"] < -88.73).all()
         assert run(case.id, peer="sdpa_math") <= 1.0
     assert interpreter.submit(run, BACKWARD.case(mask="shifted", hq=1, hk=1, sq=192, sk=192, d=64).id).result() <= 1.0
+
+
+@pytest.mark.parametrize(("sizes", "excused"), [((1, 1, 1), True), ((1, 5, 8), False), ((3, 5, 8), False)])
+def test_only_what_zeros_or_a_mean_may_answer_is_degenerate(sizes: tuple[int, int, int], excused: bool) -> None:
+    sq, sk, d = sizes
+    rest: dict[str, Any] = {"dtype": "fp32", "b": 1, "hq": 1, "hk": 1, "sq": sq, "sk": sk, "d": d, "sinks": 1}
+    for op in (ATTENTION_EXTENDED, ATTENTION_EXTENDED_BACKWARD):
+        case = op.case(**rest)
+        inputs = resolve(op.inputs)(case, "cpu")
+        expected = resolve(op.oracle)(case, inputs, Numerics("fp32"), None)
+        outputs = {name: want.degenerate for name, want in expected.items()}
+        assert any(outputs.values()) is excused, outputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,29 @@ def test_a_limit_begins_nothing_more_and_says_so(deadly: Path) -> None:
     found = [Found.of(t, a) for t, a in zip(tasks, answers, strict=True)]
     assert {(f.outcome, f.reason) for f in found} == {(Outcome.UNAVAILABLE, "time_limit")}
     assert fuzz.round_metrics(found, 1.0)["cases"] == 0
+
+
+def test_a_limit_cuts_off_what_is_under_way_and_blames_no_kernel(deadly: Path) -> None:
+    """A case that hangs, or still compiles, when time is up: the search ends then, not at the case's own deadline."""
+    info = registry.backends()["deadly"]
+    pool = Pool(info, "cpu", deadly, 1)
+    assert isinstance(pool.probe(), dict)
+    began = time.monotonic()
+    pool.until = began + 3.0
+    case = FP4_DEQUANTIZE.case(fmt="absmax7_tensor", n=13, k=6)
+    task = Task(case, "hangs", 0, 600.0)
+    (answer,) = pool.start([task])()
+    pool.close()
+    got = Found.of(task, answer)
+    assert (got.outcome, got.reason) == (Outcome.UNAVAILABLE, "time_limit") and not got.failed
+    assert "under way" in got.detail and time.monotonic() - began < 120
+
+
+def test_rounds_double_up_to_their_size() -> None:
+    for device, most in fuzz.ROUND.items():
+        sizes = [fuzz.cases_of_round(device, number) for number in range(40)]
+        assert sizes[0] == fuzz.FIRST_ROUND and sizes[-1] == most
+        assert all(b == min(most, 2 * a) for a, b in itertools.pairwise(sizes))
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from vbench import attack
 from vbench.cli import parser
 
 
@@ -59,6 +61,7 @@ def test_parts_fail_and_run_out_of_time_by_themselves(tmp_path: Path, monkeypatc
     }
     said = {name: (tmp_path / f"{name}.log").read_text(encoding="utf-8").strip() for name in made}
     # What was said before the end is kept, and a part finds itself on record while it runs.
+    said["hangs"] = said["hangs"].partition("\n")[0]  # then where the interrupt met it
     assert said == {"fails": "before", "hangs": "half", "looks": "running"}
     assert systems.main(["--out", str(tmp_path), "looks"]) == 0
 
@@ -86,7 +89,59 @@ def test_every_part_is_a_command_that_is_there(tmp_path: Path) -> None:
     for part, (argv, limit_s) in known.items():
         assert limit_s > expected[part]
         files = [word for word in argv if word.endswith(".py")]
-        assert all((systems.ROOT / file).is_file() for file in files), files
+        assert all((systems.parts.ROOT / file).is_file() for file in files), files
+
+
+def test_an_interrupted_part_may_store_what_it_has_and_leaves_nothing_running(tmp_path: Path) -> None:
+    parts = script("parts")
+    code = """
+import subprocess, time
+child = subprocess.Popen(["sleep", "600"])
+print(child.pid, flush=True)
+try:
+    time.sleep(600)
+except KeyboardInterrupt:
+    print("stored")
+"""
+    said, ended = parts.run("sleeps", ["-c", code], 10.0, tmp_path)
+    pid, stored = said.split()
+    assert ended is None and stored == "stored"
+    # Gone, or a corpse that nobody has collected yet.
+    state = Path(f"/proc/{pid}/stat")
+    assert not state.exists() or state.read_text(encoding="ascii").rpartition(")")[2].split()[0] == "Z"
+
+
+def test_the_proofs_fit_their_limit_and_name_what_is_there(tmp_path: Path) -> None:
+    proofs = script("proofs")
+    text = proofs.__doc__ or ""
+    expected = {line.split()[0]: float(line.split()[-2]) for line in text.splitlines() if line.endswith(" s")}
+    for seed in (0, 7):
+        known = proofs.commands(tmp_path, seed=seed)
+        assert expected == {part: limit_s for part, (_, limit_s) in known.items()}
+        assert sum(limit_s for part, (_, limit_s) in known.items() if part != "selftest") <= 520
+        for part in ("masked", "search"):
+            argv, limit_s = known[part]
+            # A search ends itself first, so that its table is not lost.
+            assert 0 < float(argv[argv.index("--limit-s") + 1]) < limit_s
+            assert argv[argv.index("--seed") + 1] == str(seed) and argv[argv.index("--device") + 1] == "cuda"
+    asked = set(proofs.commands(tmp_path)["controls"][0])
+    needed = {c.name for _, c in attack.chosen([])[0] if c.needs == "cuda"}
+    assert needed and needed <= asked
+
+
+def test_the_proofs_rehearse_on_a_cpu(tmp_path: Path) -> None:
+    proofs = script("proofs")
+    rehearsal = ["--rehearse", "--out", str(tmp_path), "masked", "sanitize"]
+    ended = subprocess.run(
+        [sys.executable, str(proofs.__file__), *rehearsal], capture_output=True, text=True, check=False, timeout=120
+    )
+    rows = json.loads((tmp_path / "proofs.json").read_text(encoding="utf-8"))["parts"]
+    assert {row["part"]: row["exit_code"] for row in rows} == {"masked": 0, "sanitize": 3}, ended.stdout
+    # The sanitizer that is not here is no success.
+    assert ended.returncode == 1
+    (table,) = (tmp_path / "runs").glob("*/search.json")
+    body = json.loads(table.read_text(encoding="utf-8"))
+    assert body["passed"] >= 4 and body["violations"] == [] and "compute-sanitizer" in ended.stdout
 
 
 @pytest.mark.parametrize("rehearse", [False, True])

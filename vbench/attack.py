@@ -20,7 +20,7 @@ from vbench.errors import UsageError
 from vbench.plan import Job, run_probe
 from vbench.record import EXCUSED, Outcome, Record
 from vbench.registry import BackendInfo
-from vbench.runner import Run
+from vbench.runner import Run, no_arithmetic
 from vbench.store import RunStore, new_run_id
 
 SUITE = "selftest"
@@ -185,14 +185,10 @@ def run(
                 infos=infos,
                 device=place,
                 store=store,
-                arithmetic=_no_arithmetic,
+                arithmetic=no_arithmetic,
                 parallel=max(1, os.cpu_count() or 1) if place == "cpu" else 1,
                 on_record=on_record,
             ).execute()
         finally:
             store.close()
     return [r for r in records if r.kind != "probe"], out / run_id
-
-
-def _no_arithmetic(claim: str) -> tuple[Mapping[str, float], str]:
-    raise AssertionError(f"{claim}: arithmetic is no control")

@@ -123,7 +123,7 @@ def add_commands(commands: Any) -> None:
     fuzz.add_argument("--op", action="append", default=[], metavar="NAME", help="operation; repeatable; all")
     fuzz.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where (auto)")
     fuzz.add_argument("--cases", type=int, default=1000, metavar="N", help="end after so many judged cases (1000)")
-    fuzz.add_argument("--limit-s", type=float, metavar="S", help="begin no round that would end later than this")
+    fuzz.add_argument("--limit-s", type=float, metavar="S", help="stop then, compiling or not; what is done counts")
     fuzz.add_argument("--shrink-s", type=float, default=60.0, metavar="S", help="to shrink one kind of failure (60)")
     fuzz.add_argument(
         "--frames",

@@ -17,7 +17,7 @@ from vbench.errors import UsageError
 from vbench.plan import CONFORMANCE, DEADLINE_S, Effort, Job, check_cases, run_probe
 from vbench.record import EXCUSED, Outcome, Record
 from vbench.registry import BackendInfo
-from vbench.runner import Run
+from vbench.runner import Run, no_arithmetic
 from vbench.spec import Suite, case_hash
 from vbench.store import RunStore, new_run_id
 
@@ -126,7 +126,7 @@ def check_command(
             infos=infos,
             device=where,
             store=store,
-            arithmetic=_no_arithmetic,
+            arithmetic=no_arithmetic,
             parallel=1,
             on_record=lambda _: None,
         ).execute()
@@ -139,7 +139,3 @@ def check_command(
     probe = next((r for r in records if r.kind == "probe"), None)
     print("\n".join([*lines(name, probe, code, body, run_id), f"records   {out / run_id}"]))
     return code
-
-
-def _no_arithmetic(claim: str) -> Any:
-    raise AssertionError(f"{claim}: arithmetic is no check")

@@ -6,6 +6,7 @@ a kernel, and each failure (of a kind at most ``KEPT``) a record of its own, whi
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from vbench.backend import Device
 from vbench.plan import DEADLINE_S, FUZZ, draw
 from vbench.record import EXCUSED, Outcome, Record
 from vbench.registry import BackendInfo
-from vbench.runner import MOST_HANGS, Failure, WorkerProcess, answered
+from vbench.runner import MOST_HANGS, START_DEADLINE_S, Failure, WorkerProcess, answered
 from vbench.shrink import shrink
 from vbench.spec import Case, Frame, Generated, Op, Suite
 from vbench.store import RunStore
@@ -27,12 +28,20 @@ from vbench.tallies import bin_name
 
 #: Cases of an op in a round. A round is what a limit or an interruption costs, and what Hypothesis searches at once.
 ROUND: dict[Device, int] = {"cpu": 40, "cuda": 300}
+#: The first round is smaller and each next one twice as large: while kernels are still being compiled, cases are slow,
+#: and a search that is cut off then has rounds on disk all the same.
+FIRST_ROUND = 20
 #: Records of failures of one kind (kernel, outcome, reason); the round counts the others.
 KEPT = 10
 #: Shrinking one kind of failure may take so many attempts.
 SHRINK_ATTEMPTS = 200
 #: A hang is told from the slowest case that passed by this factor, and this much, so that shrinking one ends.
 HANG_FACTOR, HANG_LEAST_S = 10.0, 2.0
+
+
+def cases_of_round(device: Device, number: int) -> int:
+    """Cases of an op in round ``number``: a function of it alone, so that a resumed search draws the same."""
+    return min(ROUND[device], FIRST_ROUND << min(number, 16))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +96,8 @@ class Task:
 class Pool:
     """Workers of one backend that share tasks; a worker whose own are done takes another's.
 
-    ``until``: on the monotonic clock, when no further task is begun; those left are UNAVAILABLE(``time_limit``).
+    ``until``: on the monotonic clock, when no further task is begun and those under way are cut off, compiling or not;
+    both are UNAVAILABLE(``time_limit``), which says nothing of a kernel.
     """
 
     def __init__(self, info: BackendInfo, device: Device, folder: Path, workers: int) -> None:
@@ -147,8 +157,13 @@ class Pool:
         kernel = (task.case.op, task.variant)
         if self._hangs[kernel] >= MOST_HANGS and not forgive:
             return Failure(Outcome.TIMEOUT, "hung_before", f"not started: {MOST_HANGS} other cases met their deadline")
-        request = {"kind": "check", "op": task.case.op, "case": task.case.id, "variant": task.variant}
-        answer = worker.ask({**request, "role": self._role, "thorough": True, "off": []}, task.deadline_s)
+        request: dict[str, Any] = {"kind": "check", "op": task.case.op, "case": task.case.id, "variant": task.variant}
+        left_s = math.inf if self.until is None else max(0.0, self.until - time.monotonic())
+        request |= {"role": self._role, "thorough": True, "off": []}
+        answer = worker.ask(request, min(task.deadline_s, left_s), min(START_DEADLINE_S, left_s))
+        late = self.until is not None and time.monotonic() >= self.until
+        if late and isinstance(answer, Failure) and answer.outcome is Outcome.TIMEOUT:
+            return Failure(Outcome.UNAVAILABLE, "time_limit", "under way when --limit-s ended")
         if isinstance(answer, Failure) and answer.outcome is Outcome.TIMEOUT:
             with self._lock:
                 self._hangs[kernel] += 1
@@ -161,9 +176,9 @@ class Pool:
             worker.kill()
 
     def close(self) -> None:
+        for one in [self._threads.submit(worker.close) for worker in self._workers]:
+            one.result()
         self._threads.shutdown()
-        for worker in self._workers:
-            worker.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,28 +300,25 @@ class Fuzz:
             made += [Task(case, variant, home, self.deadline_s) for variant in self.info.variants_of(case.op)]
         return made
 
-    def rounds(
-        self, targets: Sequence[Target], numbers: Iterator[int], seed: int, more: Callable[[float], bool]
-    ) -> None:
-        """Rounds of every target, while ``more(seconds of the last round)`` says so. Draws one ahead of the workers."""
-        counts = ROUND[self.device]
+    def rounds(self, targets: Sequence[Target], numbers: Iterator[int], seed: int, more: Callable[[], bool]) -> None:
+        """Rounds of every target, while ``more()`` says so. Draws one ahead of the workers."""
 
         def drawn(number: int) -> tuple[int, list[tuple[Target, list[Task]]]]:
-            return number, [(t, self.tasks(t, t.cases(seed, number, counts))) for t in targets]
+            count = cases_of_round(self.device, number)
+            return number, [(t, self.tasks(t, t.cases(seed, number, count))) for t in targets]
 
         following = next(numbers, None)
         ahead = drawn(following) if following is not None else None
-        last_s = 0.0
-        while ahead is not None and more(last_s):
+        while ahead is not None and more():
             number, asked = ahead
             began = time.monotonic()
             wait = self.pool.start([task for _, tasks in asked for task in tasks])
             following = next(numbers, None)
             ahead = drawn(following) if following is not None else None
             found = [Found.of(f, a) for f, a in zip((t for _, ts in asked for t in ts), wait(), strict=True)]
-            last_s = time.monotonic() - began
-            self._account(f"seed={seed},round={number}", {t.op.name: (t.op, t.suite) for t in targets}, found, last_s)
-            self.on_round(number, last_s)
+            wall_s = time.monotonic() - began
+            self._account(f"seed={seed},round={number}", {t.op.name: (t.op, t.suite) for t in targets}, found, wall_s)
+            self.on_round(number, wall_s)
 
     def replay(self, target: Target, cases: Sequence[Case], what: str = "regressions") -> None:
         """Cases that nobody draws: what once failed, before all others, or what was asked for."""

@@ -27,6 +27,8 @@ from vbench.tallies import COUNTS, tallies
 MOST_GPU_WORKERS = 8
 #: A backend that refuses nearly everything is given up after so many times the cases asked for.
 MOST_DRAWN = 10
+#: In a search's folder: what came of it so far, anew after each round, for whoever finds it cut off.
+SO_FAR = "search.json"
 #: Keys of ``run.json`` that a search is made from.
 _RECIPE = ("backend", "variant", "given", "suites", "ops", "device", "seed", "frames", "cases", "regressions")
 
@@ -63,6 +65,7 @@ def fuzz_command(
     Raises:
         UsageError, DataError: bad names, a backend that cannot be loaded, a run that cannot be resumed, no disk.
     """
+    began = time.monotonic()
     infos, known = registry.backends(), registry.ops()
     if resume is None:
         name, _, variant = backend.partition("[")
@@ -101,7 +104,6 @@ def fuzz_command(
     if not targets or any(name not in {t.op.name for t in targets} for name in wanted):
         raise UsageError(f"backend {info.name!r} has no operation that these suites draw cases of")
     store = RunStore(folder, recipe, resume=resume is not None)
-    began = time.monotonic()
     pool = Pool(info, where, folder, workers_for(where, workers))
     try:
         probe = pool.probe()
@@ -113,13 +115,20 @@ def fuzz_command(
         fuzz = Fuzz(recipe["run"], info, where, store, pool, machine, shrink_s)
         fuzz.take_up(kept)
         pool.until = began + limit_s if limit_s is not None else None
-        fuzz.on_round = lambda number, seconds: _say(fuzz.records, number, seconds)
         began_rounds = time.monotonic()
 
-        def more(last_s: float) -> bool:
+        def after(number: int, seconds: float) -> None:
+            _say(fuzz.records, number, seconds)
+            judged_now = waivers.judge(waivers.of_suites(chosen), fuzz.records)
+            _, so_far = verdict(fuzz.records, judged_now, wall_s=time.monotonic() - began_rounds, workers=pool.width)
+            _write(folder / SO_FAR, {"run": recipe["run"], "backend": info.name, **so_far})
+
+        fuzz.on_round = after
+
+        def more() -> bool:
             judged = sum(r.metrics["passed"] + r.metrics["failed"] for r in fuzz.records if r.kind == "fuzz")
             drawn = sum(r.metrics["cases"] for r in fuzz.records if r.kind == "fuzz")
-            in_time = limit_s is None or time.monotonic() - began + last_s <= limit_s
+            in_time = pool.until is None or time.monotonic() < pool.until
             return judged < recipe["cases"] and drawn < MOST_DRAWN * recipe["cases"] and in_time
 
         for target in targets:
@@ -156,6 +165,13 @@ def _say(records: Sequence[Record], number: int, seconds: float) -> None:
     done = tallies(records).values()
     counted = ", ".join(f"{sum(t.counts.get(n, 0.0) for t in done):.0f} {n}" for n in COUNTS)
     print(f"round {number}: {seconds:.0f} s; so far {counted}", file=sys.stderr, flush=True)
+
+
+def _write(path: Path, body: Mapping[str, Any]) -> None:
+    """Whole or not at all: who reads it finds the round before or this one."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)
 
 
 def _only(info: BackendInfo, variant: str) -> BackendInfo:

@@ -72,7 +72,7 @@ def run(then: Sequence[Record], infos: Mapping[str, BackendInfo], device: Device
     Raises:
         UsageError: a backend that is not installed here.
     """
-    from vbench.runner import Run
+    from vbench.runner import Run, no_arithmetic
     from vbench.store import RunStore
 
     missing = sorted({r.backend for r in then} - {*infos, BATTERY})
@@ -93,7 +93,7 @@ def run(then: Sequence[Record], infos: Mapping[str, BackendInfo], device: Device
                 infos=infos,
                 device=device,
                 store=store,
-                arithmetic=_no_arithmetic,
+                arithmetic=no_arithmetic,
                 parallel=1,
                 on_record=lambda _: None,
             ).execute()
@@ -101,10 +101,6 @@ def run(then: Sequence[Record], infos: Mapping[str, BackendInfo], device: Device
             store.close()
     found: dict[Key, Record] = {(r.kind, r.case, r.backend, r.variant): r for r in records}
     return [Pair(old, found[job.key]) for old, job in zip(then, jobs, strict=True)]
-
-
-def _no_arithmetic(claim: str) -> tuple[Mapping[str, float], str]:
-    raise AssertionError(f"{claim}: arithmetic is no case")
 
 
 def code(pairs: Sequence[Pair]) -> int:

@@ -92,11 +92,18 @@ class WorkerProcess:
         self._buffer = b""
         self._ready = False
 
-    def ask(self, request: Mapping[str, Any], deadline_s: float) -> dict[str, Any] | Failure:
-        """Send one job and wait for its answer; kill the whole process group at the deadline."""
+    def ask(
+        self, request: Mapping[str, Any], deadline_s: float, start_s: float = START_DEADLINE_S
+    ) -> dict[str, Any] | Failure:
+        """Send one job and wait for its answer; kill the whole process group at the deadline.
+
+        Args:
+            deadline_s: of the job.
+            start_s: of the worker's start, where it is not running yet.
+        """
         self.begin()
         if not self._ready:
-            ready = self._read_line(START_DEADLINE_S)
+            ready = self._read_line(start_s)
             if isinstance(ready, Failure):
                 return Failure(ready.outcome, f"start_{ready.reason}", ready.detail)
             self._ready = True
@@ -390,6 +397,11 @@ class Run:
             environment=env,
             **rest,
         )
+
+
+def no_arithmetic(claim: str) -> tuple[Mapping[str, float], str]:
+    """For runs whose jobs all launch something. Raises AssertionError: such a run was planned wrongly."""
+    raise AssertionError(f"{claim}: this run has no arithmetic")
 
 
 def answered(answer: Mapping[str, Any]) -> dict[str, Any]:

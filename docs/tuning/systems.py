@@ -22,30 +22,20 @@ not be spent on, such as an argument nobody takes. ``python docs/tuning/targets.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from importlib.metadata import distributions
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+# Beside this file, whoever runs or loads it.
+sys.path.insert(0, str(Path(__file__).parent))
+
+import parts
+
 GIB = 1 << 30
-
-
 #: What an interpreter must be able to import. vbench finds its backends by its own metadata, so it must be installed.
 PACKAGES = ("torch", "numpy")
 OF_VBENCH = ("hypothesis", "vbench-kernels")
 NEEDED = {"tests": ("pytest", "hypothesis"), "overhead": OF_VBENCH, "models": OF_VBENCH}
-
-
-def lacking(part: str) -> list[str]:
-    """Distributions this part needs and this interpreter has not."""
-    found = {distribution.name.lower().replace("_", "-") for distribution in distributions() if distribution.name}
-    return [name for name in (*PACKAGES, *NEEDED.get(part, ())) if name not in found]
 
 
 def commands(out: Path, rehearse: bool = False) -> dict[str, tuple[list[str], float]]:
@@ -78,76 +68,17 @@ def commands(out: Path, rehearse: bool = False) -> dict[str, tuple[list[str], fl
     }  # fmt: skip
 
 
-def run(part: str, argv: list[str], limit_s: float, out: Path) -> tuple[str, int | None]:
-    """One part; its output goes to ``out/PART.log``. Returns the last lines and the exit code, ``None`` for no time."""
-    log = out / f"{part}.log"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    # The interpreter's switches are for machines without a GPU.
-    environment |= {"TRITON_INTERPRET": "0", "NUMBA_ENABLE_CUDASIM": "0"}
-    code: int | None
-    with log.open("wb") as sink:
-        try:
-            done = subprocess.run(
-                [sys.executable, *argv], cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT,
-                timeout=limit_s, check=False,
-            )  # fmt: skip
-            code = done.returncode
-        except subprocess.TimeoutExpired:
-            code = None
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES:]), code
-
-
-LINES = 14
-
-
-#: A part is left out rather than begun with less than this.
-LEAST_S = 15.0
-
-
-def write(out: Path, table: list[dict[str, object]]) -> None:
-    """``systems.json``, anew and whole: a process that is killed leaves the one before or this one."""
-    draft = out / "systems.json.tmp"
-    draft.write_text(json.dumps({"parts": table}, indent=1) + "\n", encoding="utf-8")
-    draft.replace(out / "systems.json")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts asked for, all by default."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="which, in this order (all)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything is written")
-    parser.add_argument("--limit-s", type=float, default=580.0, metavar="S", help="for all parts together (580)")
+    parser = parts.parser(__doc__, 580.0)
     parser.add_argument("--rehearse", action="store_true", help="everything small, on a CPU")
     given = parser.parse_args(argv)
-    given.out.mkdir(parents=True, exist_ok=True)
     known = commands(given.out.resolve(), given.rehearse)
     unknown = [part for part in given.parts if part not in known]
     if unknown:
         parser.error(f"no part {unknown[0]!r}: one of {', '.join(known)}")
-    table: list[dict[str, object]] = []
-    end = time.monotonic() + given.limit_s
-    for part in given.parts or known:
-        command, limit_s = known[part]
-        start = time.monotonic()
-        row: dict[str, object] = {"part": part, "ended": "running", "seconds": 0.0, "exit_code": None}
-        table.append(row)
-        if end - start < LEAST_S:
-            row["ended"] = "left out: no time"
-            continue
-        if missing := lacking(part):
-            row["ended"] = f"left out: no {', '.join(missing)}"
-            continue
-        write(given.out, table)
-        said, code = run(part, command, min(limit_s, end - start), given.out)
-        row["seconds"] = time.monotonic() - start
-        row["exit_code"] = code
-        row["ended"] = "out of time" if code is None else f"exit code {code}"
-        write(given.out, table)
-        print(f"== {part} ==\n{said}\n", flush=True)
-    write(given.out, table)
-    for row in table:
-        print(f"{row['part']:10} {row['seconds']:6.1f} s  {row['ended']}", flush=True)
-    return int(any(row["exit_code"] != 0 for row in table))
+    needed = {part: (*PACKAGES, *NEEDED.get(part, ())) for part in known}
+    return parts.work(given.parts or list(known), known, given.out, "systems", given.limit_s, needed)
 
 
 if __name__ == "__main__":

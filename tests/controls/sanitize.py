@@ -11,13 +11,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 #: Exit code asked of the sanitizer where it reports something.
 REPORTED = 86
-DEADLINE_S = 120.0
+#: Of all runs, which go side by side: most of each is a start and a compilation on the host.
+DEADLINE_S = 75.0
+#: Where the toolkit's installer puts it.
+TOOLKIT = "/usr/local/cuda/bin"
 #: Tool -> controls of ``gpu_kernels.CHECKED``, each with its twin.
 TOOLS = {"racecheck": ("missing_barrier",), "memcheck": ("read_past_x",)}
 
@@ -47,11 +52,17 @@ def read(tool: str, name: str, code: int, text: str) -> Report:
 def run(sanitizer: str, tool: str, name: str) -> Report:
     environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "0"}
     asked = command(sanitizer, tool, name)
+    # A session of its own: the sanitizer's child must not keep the device when the sanitizer is ended.
+    process = subprocess.Popen(
+        asked, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
     try:
-        done = subprocess.run(asked, capture_output=True, text=True, env=environment, timeout=DEADLINE_S, check=False)
+        text, _ = process.communicate(timeout=DEADLINE_S)
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
         return Report(tool, name, False, False, f"longer than {DEADLINE_S:g} s")
-    return read(tool, name, done.returncode, (done.stdout + done.stderr)[-2000:])
+    return read(tool, name, process.returncode, text[-2000:])
 
 
 def verdict(reports: list[Report]) -> int:
@@ -61,14 +72,17 @@ def verdict(reports: list[Report]) -> int:
 
 
 def main() -> int:
-    sanitizer = shutil.which("compute-sanitizer")
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=TOOLKIT)
     if sanitizer is None:
-        print("compute-sanitizer is not on the path: it comes with the CUDA toolkit")
+        print(f"compute-sanitizer is neither on the path nor in {TOOLKIT}: it comes with the CUDA toolkit")
         return 3
-    reports = [run(sanitizer, t, n + end) for t, names in TOOLS.items() for n in names for end in ("", "+honest")]
-    for r in reports:
-        word = "reported" if r.reported else "clean" if r.ran else f"did not run: {r.text.strip()[-300:]}"
-        print(f"{r.tool:<10} {r.name:<24} {word}")
+    asked = [(tool, name + end) for tool, names in TOOLS.items() for name in names for end in ("", "+honest")]
+    reports = []
+    with ThreadPoolExecutor(max_workers=len(asked)) as pool:
+        for r in pool.map(lambda one: run(sanitizer, *one), asked):
+            reports.append(r)
+            word = "reported" if r.reported else "clean" if r.ran else f"did not run: {r.text.strip()[-300:]}"
+            print(f"{r.tool:<10} {r.name:<24} {word}", flush=True)
     print(json.dumps([asdict(r) for r in reports]))
     return verdict(reports)
 
