@@ -8,11 +8,13 @@ GENERATED := README.md docs/verdicts.md docs/error-rates.md docs/search.md docs/
 GATE := quick
 # A second Triton, the version of the machines our GPU records are from, in a folder that goes in front on the path.
 OTHER_TRITON := build/triton-3.6
+# transformers, in a folder of its own: the one thing its tests need beyond the first environment.
+TRANSFORMERS := build/transformers
 RUNS := results/runs
 # Test files run side by side.
 WORKERS := 2
 
-.PHONY: setup run test check gate wheel-test format claims matrix controls baseline clean
+.PHONY: setup run test check gate wheel-test models-test format claims matrix features controls baseline clean
 
 setup: .venv/.ready
 
@@ -30,9 +32,10 @@ check: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-test: check gate wheel-test
+test: check gate wheel-test models-test
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 	for doc in $(GENERATED); do $(BIN)/vbench claims check $$doc || exit 1; done
+	$(BIN)/python docs/tuning/targets.py --check
 
 gate: setup $(OTHER_TRITON)/.ready
 	$(BIN)/vbench run --suite compile --effort $(GATE) --out $(RUNS)
@@ -42,6 +45,17 @@ gate: setup $(OTHER_TRITON)/.ready
 $(OTHER_TRITON)/.ready: constraints.triton-3.6.txt | setup
 	rm -rf $(@D)
 	$(BIN)/pip install --quiet --no-deps --target $(@D) -r $<
+	@touch $@
+
+# The import comes first: without the package these tests would be skipped.
+models-test: setup $(TRANSFORMERS)/.ready
+	PYTHONPATH=$(CURDIR)/$(TRANSFORMERS) $(BIN)/python -c 'import transformers'
+	PYTHONPATH=$(CURDIR)/$(TRANSFORMERS) $(BIN)/pytest -q tests/test_virtualize_hf.py \
+		tests/test_virtual_estimate.py::test_transformers_own_code_is_traced_or_its_absence_named
+
+$(TRANSFORMERS)/.ready: constraints.transformers.txt | setup
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --no-deps --no-compile --target $(@D) -r $<
 	@touch $@
 
 wheel-test: setup build/wheel-env/.ready
@@ -60,6 +74,7 @@ format: setup
 
 claims: setup
 	for doc in $(GENERATED); do $(BIN)/vbench claims update $$doc || exit 1; done
+	$(BIN)/python docs/tuning/targets.py --write
 
 # What each kernel takes, as the kernels themselves say; a test holds the document to it.
 matrix: setup
@@ -67,6 +82,11 @@ matrix: setup
 	$(BIN)/vbench list --matrix --device cpu >> docs/matrix.md
 	sed -i '/^## /,$$d' docs/conformance.md
 	$(BIN)/vbench list --matrix --kept results/conformance/h200.jsonl >> docs/conformance.md
+
+# Feature by attention kernel, as the kernels themselves say; a test holds the document to it.
+features: setup
+	sed -i '/^## /,$$d' docs/attention.md
+	$(BIN)/python docs/tuning/attention_features.py >> docs/attention.md
 
 # Controls over K and the list of them; a test holds the document to the corpus.
 controls: setup

@@ -111,7 +111,8 @@ def attention_laws(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:
 
     doubled_v: out(2 v) = 2 out(v). causal_prefix: keys and values that the first half of the queries may not see change
     no bit of it. other_heads: another k and v for the last key head change no bit of the others. other_batches: nor do
-    those of the last batch element.
+    those of the last batch element. first_batches: the first half of the batch alone gives the same bits, of kernels
+    that declare ``batch_invariant``.
     """
     layout, rule = case.text("layout"), ScoreRule.of(case)
     k, v = inputs["k"], inputs["v"]
@@ -145,6 +146,14 @@ def attention_laws(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:
     if k.shape[0] > 1:
         last = torch.arange(len(k), device=k.device) == len(k) - 1
         yield Law("other_batches", case, changed(last[:, None, None, None]), _unchanged(lambda t: t[:-1]))
+        half = len(k) // 2
+        alone = {name: lay_out(inputs[name][:half], layout) for name in ("q", "k", "v")}
+
+        def varies(first: Outputs, second: Outputs) -> str:
+            what = f"the first {half} batch elements alone"
+            return next((f for f in (_differ(second[n], first[n][:half], f"{n}, {what}") for n in first) if f), "")
+
+        yield Law("first_batches", _with(case, b=half), {**inputs, **alone}, varies, "batch_invariant")
 
 
 def backward_laws(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:

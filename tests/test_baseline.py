@@ -89,6 +89,30 @@ def test_pairs_make_a_baseline_of_six_processes(tmp_path: Path) -> None:
     assert main(["gate", str(path), "--baseline", str(tmp_path / "to")]) == 0
 
 
+def test_processes_of_what_documents_rest_on_are_kept(run: Path, tmp_path: Path) -> None:
+    document = tmp_path / "doc.md"
+    document.write_text(TABLE, encoding="utf-8")
+    evidence = tmp_path / "alone"
+    assert update(evidence, [run], [document], "--write") == 0
+    shown = {r.case for r in read_records(evidence)}
+    pairs = [
+        dataclasses.replace(r, kind="pair", pair=p, side=side, run="aa")
+        for r in read_records(run)
+        if r.backend == "triton" and r.measurements
+        for p in range(1, 6)
+        for side in "AB"
+    ]
+    assert {r.case for r in pairs} > {r.case for r in pairs} & shown
+    path = tmp_path / "aa.jsonl"
+    write_records(path, pairs)
+    assert update(tmp_path / "to", [run, path], [document], "--write") == 0
+    kept = read_records(tmp_path / "to" / "pairs.jsonl")
+    assert {r.case for r in kept} == {r.case for r in pairs} & shown, "of what a number rests on, and of nothing else"
+    assert len(kept) == 6 * len({r.case for r in kept})
+    others = [r for r in read_records(tmp_path / "to") if r.kind != "pair"]
+    assert others == read_records(evidence)
+
+
 def test_old_and_new_stand_side_by_side(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     destination, document = tmp_path / "to", tmp_path / "doc.md"
     document.write_text(TABLE, encoding="utf-8")

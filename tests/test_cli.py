@@ -21,6 +21,8 @@ FROZEN = {
     "doctor": "--json",
     "gate": f"run --baseline --against --strict --format {PAIRS}",
     "ab": f"a b --strict --format {PAIRS}",
+    "baseline measure": "--suite --op --case --backend --effort --claims --baseline --device --pairs --limit-s "
+    "--resume --seed --out",
     "baseline update": "runs --baseline --document --ledger --out --write --json",
     "backend check": "name --op --device --effort --seed --out --json",
     "fuzz": "--backend --case --suite --op --device --cases --limit-s --shrink-s --frames --workers --seed "
@@ -28,7 +30,7 @@ FROZEN = {
     "report": "run --output --out",
     "roofline": "--device --only --folder --out --json",
     "selftest": "--control --aa --simulated --suite --op --case --backend --device --cases --skip --pairs --limit-s "
-    "--join --seed --out --json",
+    "--join --resume --seed --out --json",
     "claims list": "--records --ledger --json",
     "claims check": "document --records --ledger --json",
     "claims update": "document --records --ledger --json",

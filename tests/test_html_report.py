@@ -74,6 +74,20 @@ def test_ceilings_make_a_roofline(tmp_path: Path) -> None:
     assert "<svg" in section and ">bf16</text>" in section and "<circle" in section
 
 
+def test_decided_claims_come_first_and_are_counted(tmp_path: Path) -> None:
+    text = report(H200, tmp_path)
+    section = text.split('<section id="claims">')[1].split("</section>")[0]
+    before, after = section.split("claims that this run does not decide")
+    words = re.compile(r'class="(REFUTED|SUPPORTED)"')
+    assert words.search(before) and not words.search(after)
+    head = re.search(r"(\d+) claims, (\d+) REFUTED, (\d+) SUPPORTED, (\d+) not decided here", text)
+    assert head is not None
+    claims, refuted, supported, undecided_number = map(int, head.groups())
+    rows = [part.count("<tr><td>") for part in (before, after)]
+    assert rows == [claims - undecided_number, undecided_number]
+    assert rows[0] <= refuted + supported, "a claim may have two verdicts"
+
+
 def test_text_of_records_is_escaped(tmp_path: Path) -> None:
     bad = Record(
         "op[a=<script>alert(1)</script>]",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -42,6 +43,7 @@ class Machine:
         self.clock = 0
         self.log: list[tuple[str, str]] = []
         self.alive = 0
+        self.opened: list[str] = []
         self.wrong: Mapping[tuple[str, str], Mapping[str, Any] | Failure] = {}
         self.clock_hz = {"A": 1.98e9, "B": 1.98e9}
 
@@ -57,6 +59,9 @@ class Process:
         self.effect = math.exp(machine.draw.gauss(0, machine.process))
         self.case = ""
 
+    def begin(self) -> None:
+        self.machine.log.append((self.side, "begin"))
+
     def ask(self, request: Mapping[str, Any], deadline_s: float) -> dict[str, Any] | Failure:
         machine, kind = self.machine, str(request["kind"])
         machine.log.append((self.side, kind))
@@ -68,6 +73,7 @@ class Process:
             body["environment"] = ENVIRONMENT
         elif kind == "open":
             self.case = request["case"]
+            machine.opened.append(self.case.partition(",seed=")[0])
             body |= {"sources": "sha256:s", "prepare_s": 0.1, "numerics": {}, "elapsed_s": 0.2}
         elif kind == "arm":
             body["metrics"] = {"launches": request["launches"] or 3.0 * request["multiple"]}
@@ -245,6 +251,86 @@ def test_a_limit_ends_between_pairs() -> None:
     may = ab.time_limit(25.0, clock=lambda: next(now))
     assert [may(), may(), may()] == [True, True, False], "a third would end at 30 s"
     assert ab.time_limit(None, clock=lambda: 1e9)()
+
+
+class Paid:
+    """A clock that fake processes move: a start and each cell have a price, the first pair's cells a higher one."""
+
+    def __init__(self, machine: Machine, start_s: float, cell_s: float, compile_s: float) -> None:
+        self.machine, self.start_s, self.cell_s, self.compile_s = machine, start_s, cell_s, compile_s
+
+    def __call__(self) -> float:
+        kinds = [kind for side, kind in self.machine.log if side == "A"]
+        opened = kinds.count("open")
+        seen = {case for case in self.machine.opened if case}
+        return self.start_s * kinds.count("probe") + self.cell_s * opened + self.compile_s * len(seen)
+
+
+@pytest.mark.parametrize("limit_s", [30.0, 60.0, 100.0, 150.0])
+def test_what_a_limit_leaves_is_whole_cells_and_the_first_ones(limit_s: float) -> None:
+    cells = [cell(case=CASE.replace("n=64", f"n={32 * i}")) for i in range(1, 21)]
+    machine = Machine(steady)
+    clock = Paid(machine, start_s=2.0, cell_s=0.5, compile_s=0.5)
+    made, records = runner(machine, *cells)
+    left = ab.measure_all(made, [c.name for c in cells], 5, limit_s, clock)
+    have = [sum(r.case == c.case and r.side == "A" for r in records) for c in cells]
+    finished = [n for n in have if n == 5]
+    assert have[: len(finished)] == finished, "in the order given"
+    assert len(left) == len(cells) - len(finished)
+    assert clock() <= limit_s + 2.0 + 1.0, "one start and one cell may be under way when it ends"
+    needed_s = 5 * (2.0 + 0.5 * 20) + 0.5 * 20
+    assert len(finished) >= min(20, 0.4 * limit_s / needed_s * 20), "most of the time is used"
+    assert (len(finished) == 20) == (limit_s >= 100.0), f"all take {needed_s:g} s"
+
+
+def test_a_simple_limit_on_pairs_would_leave_no_cell_whole() -> None:
+    """Control: what shares are for."""
+    cells = [cell(case=CASE.replace("n=64", f"n={32 * i}")) for i in range(1, 21)]
+    machine = Machine(steady)
+    clock = Paid(machine, start_s=2.0, cell_s=0.5, compile_s=0.5)
+    made, records = runner(machine, *cells)
+    made.may_go_on = ab.time_limit(60.0, clock)
+    made.measure(5, [c.name for c in cells])
+    assert {sum(r.case == c.case and r.side == "A" for r in records) for c in cells} == {4}, "of five"
+
+
+@pytest.mark.parametrize("names", [["honest"], ["honest", "other"]])
+def test_the_next_processes_start_while_a_pair_is_measured(names: list[str]) -> None:
+    cells = [cell(backend={"A": n, "B": n}) for n in names]
+    machine = Machine(steady)
+    made, records = runner(machine, *cells)
+    made.ahead = True
+    made.measure(3, [c.name for c in cells])
+    mine = [kind for side, kind in machine.log if side == "A"]
+    number = 3 * len(names)
+    assert mine.count("start") == mine.count("probe") == number, "none is started in vain, each pair has its own"
+    assert mine.count("begin") == number - 1 and mine[:4] == ["start", "start", "begin", "probe"]
+    assert machine.alive == 0 and len(records) == 6 * len(names)
+    # Control: without it each starts in its turn.
+    other = Machine(steady)
+    made, _ = runner(other, *cells)
+    made.measure(3, [c.name for c in cells])
+    assert ("A", "begin") not in other.log
+
+
+def test_processes_that_wait_die_with_the_run() -> None:
+    machine = Machine(steady)
+    made, _ = runner(machine, cell())
+    made.ahead = True
+
+    def stop(record: Record) -> None:
+        raise KeyboardInterrupt
+
+    made.keep = stop
+    with pytest.raises(KeyboardInterrupt):
+        made.measure(3, [cell().name])
+    assert machine.log.count(("A", "start")) == 2 and machine.alive == 0
+    failing = Machine(steady)
+    failing.wrong = {("A", "open"): {"outcome": "WRONG_VALUE"}}
+    made, _ = runner(failing, cell())
+    made.ahead = True
+    made.measure(3, [cell().name])
+    assert failing.alive == 0, "nothing is left to measure: what waited is ended"
 
 
 def test_cycles_need_every_blocks_clock() -> None:
@@ -426,6 +512,65 @@ def test_cheapest() -> None:
     cases = [ab.Chosen("o", name) for name in "abcd"]
     found = selftest.cheapest(cases, {"a": 3.0, "b": 1.0, "c": 2.0, "d": 4.0}, 2, 1)
     assert [c.case for c in found] == ["c", "a"]
+    found = selftest.cheapest(cases, {"a": 3.0, "b": 0.0, "d": 4.0}, 4, 0)
+    assert [c.case for c in found] == ["a", "d", "b", "c"], "of b and c nothing is known"
+
+
+def test_what_is_unfinished_is_counted_cell_by_cell() -> None:
+    cells = selftest_cells(3)
+    records = fake_pairs(Machine(steady), cells[:3], 4, "one") + fake_pairs(Machine(steady), cells[2:3], 1, "two")
+    stored = [Record.from_json(r.to_json(), "x") for r in records]
+    assert selftest.unfinished(cells, stored, 4) == cells[3:]
+    assert selftest.unfinished(cells, stored, 5) == cells[:2] + cells[3:]
+    assert selftest.unfinished(cells, [], 1) == cells
+    assert [
+        c.slowdown for c in selftest.cells_of([ab.Chosen("fp4_linear", LINEAR)], INFOS, ["honest"], injected=False)
+    ] == [0.0]
+
+
+RESIDENT = "tier_stack[trace=resident,keys=8,item_bytes=64,steps=8,gpu_bytes=1024,host_bytes=1024,file_bytes=4096]"
+
+
+def test_a_baseline_is_measured_updated_and_gated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = itertools.count()
+
+    def start(self: object, side: str, backend: str) -> Process:
+        return Machine(steady, seed=next(seeds)).start(side, backend)
+
+    monkeypatch.setattr(ab.Workers, "start", start)
+    out = tmp_path / "runs"
+    common = ["--backend", "tiers", "--device", "cpu", "--out", str(out)]
+    measure = ["baseline", "measure", *common, "--case", RESIDENT, "--case", RESIDENT.replace("keys=8", "keys=4")]
+    assert main([*measure[:-2], "--pairs", "3"]) == 0
+    (first,) = [p.parent.name for p in out.glob("*/records.jsonl")]
+    assert main([*measure, "--resume", first]) == 0
+    second = next(p.parent for p in out.glob("*/records.jsonl") if p.parent.name != first)
+    assert {r.case for r in read_records(second)} == {RESIDENT.replace("keys=8", "keys=4")}, "the other has its own"
+    assert "1 of 1 have 6 processes" in capsys.readouterr().out
+    assert main([*measure, "--resume", first, second.name]) == 0
+    assert "nothing left to measure: 2 cells" in capsys.readouterr().out
+    kept = tmp_path / "kept"
+    update = ["baseline", "update", first, second.name, "--baseline", str(kept), "--out", str(out), "--write"]
+    assert main(update) == 0
+    assert len(read_records(kept)) == 12
+    assert main(["gate", second.name, "--out", str(out), "--baseline", str(kept)]) == 0
+    assert main(["gate", second.name, "--out", str(out), "--baseline", str(kept), "--strict"]) == 3, "one is missing"
+    again = [*measure[:-2], "--baseline", str(kept), "--op", "tier_stack", "--pairs", "1"]
+    assert main([*again, "--resume", first]) == 0
+    assert "nothing left to measure" in capsys.readouterr().out
+    slower = Machine(lambda side, backend, case: 1.2e-5)
+    monkeypatch.setattr(ab.Workers, "start", lambda self, side, backend: slower.start(side, backend))
+    assert main(["baseline", "measure", *common, "--case", RESIDENT, "--pairs", "1"]) == 0
+    third = max(out.glob("*/records.jsonl"), key=lambda p: p.stat().st_mtime_ns)
+    assert main(["gate", str(third), "--baseline", str(kept)]) == 1
+    slower.wrong = {("B", "close"): {"outcome": "WRONG_VALUE"}}
+    assert main(["baseline", "measure", *common, "--case", RESIDENT, "--pairs", "1"]) == 1, "wrong is never a baseline"
+    assert "1 x WRONG_VALUE" in capsys.readouterr().out
+    assert main([*measure, "--pairs", "0"]) == 2
+    assert main([*measure, "--claims", "--pairs", "1"]) == 0, "no claim rests on these: nothing to do, and it says so"
+    assert "none that is asked for" in capsys.readouterr().out
 
 
 def test_selftest_joins_stored_runs(

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from vbench import attack
+from vbench.cli import parser
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small run fastest on one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "tuning"
 
@@ -37,7 +51,7 @@ def test_parts_fail_and_run_out_of_time_by_themselves(tmp_path: Path, monkeypatc
         "hangs": (["-c", "import time; print('half', flush=True); time.sleep(600)"], 1.5),
         "looks": (["-c", look], 30.0),
     }
-    monkeypatch.setattr(systems, "commands", lambda out: made)
+    monkeypatch.setattr(systems, "commands", lambda out, rehearse: made)
     assert systems.main(["--out", str(tmp_path)]) == 1
     rows = parts_of(tmp_path)
     assert {name: row["ended"] for name, row in rows.items()} == {
@@ -54,7 +68,8 @@ def test_parts_fail_and_run_out_of_time_by_themselves(tmp_path: Path, monkeypatc
 
 def test_no_part_begins_without_time_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     systems = script("systems")
-    monkeypatch.setattr(systems, "commands", lambda out: {"one": (["-c", ""], 30.0), "two": (["-c", ""], 30.0)})
+    made = {"one": (["-c", ""], 30.0), "two": (["-c", ""], 30.0)}
+    monkeypatch.setattr(systems, "commands", lambda out, rehearse: made)
     assert systems.main(["--out", str(tmp_path), "--limit-s", "1"]) == 1
     assert {row["ended"] for row in parts_of(tmp_path).values()} == {"left out: no time"}
     with pytest.raises(SystemExit) as refused:
@@ -69,7 +84,8 @@ def test_every_part_is_a_command_that_is_there(tmp_path: Path) -> None:
     expected = {line.split()[0]: int(line.split()[-2]) for line in text.splitlines() if line.rstrip().endswith(" s")}
     known = systems.commands(tmp_path)
     assert set(expected) == set(known)
-    assert max(expected["models"], sum(expected.values()) - expected["models"]) < 580
+    limits = {part: limit_s for part, (_, limit_s) in known.items()}
+    assert max(limits["models"], sum(limits.values()) - limits["models"]) <= 580
     for part, (argv, limit_s) in known.items():
         assert limit_s > expected[part]
         files = [word for word in argv if word.endswith(".py")]
@@ -126,6 +142,67 @@ def test_the_proofs_rehearse_on_a_cpu(tmp_path: Path) -> None:
     (table,) = (tmp_path / "runs").glob("*/search.json")
     body = json.loads(table.read_text(encoding="utf-8"))
     assert body["passed"] >= 4 and body["violations"] == [] and "compute-sanitizer" in ended.stdout
+
+
+@pytest.mark.parametrize("rehearse", [False, True])
+def test_every_part_is_a_command_that_parses(rehearse: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same options, whether all is small or not; a script's parser is asked by letting nothing come after it."""
+    systems = script("systems")
+    known, other = (systems.commands(tmp_path, mode) for mode in (rehearse, not rehearse))
+    assert set(known) == set(other)
+
+    class Parsed(Exception):
+        pass
+
+    def parse(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
+        right(self, args, namespace)
+        raise Parsed
+
+    right = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    for argv, _ in known.values():
+        if argv[:2] == ["-m", "vbench"]:
+            with pytest.raises(Parsed):
+                parser().parse_args(argv[2:])
+        elif argv[0] != "-m":
+            with pytest.raises(Parsed):
+                script(Path(argv[0]).stem).main(argv[1:])
+    with pytest.raises(SystemExit):
+        script("scenarios").main(["--no-such-option"])
+
+
+def test_a_part_without_its_packages_is_left_out_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    systems = script("systems")
+    monkeypatch.setattr(systems, "NEEDED", {"codec": ("no-such-package", "pytest")})
+    assert systems.main(["--out", str(tmp_path), "--rehearse", "codec"]) == 1
+    assert parts_of(tmp_path)["codec"]["ended"] == "left out: no no-such-package"
+
+
+def test_the_estimators_points_can_all_be_stepped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, one point of each kind; and a point that was not stepped is missed."""
+    estimator = script("estimator")
+    kinds = {}
+    for shape, work, optimizer in estimator.points():
+        kinds[shape.family, work.dtype, work.attention, work.checkpointing, work.dropout, optimizer] = (
+            shape, work, optimizer,
+        )  # fmt: skip
+    monkeypatch.setattr(estimator, "points", lambda: iter(kinds.values()))
+    monkeypatch.setattr(estimator, "LEAST_POINTS", len(kinds))
+    argv = ["--out", str(tmp_path), "--device", "cpu"]
+    assert estimator.main(argv) == 0
+    kept = json.loads((tmp_path / "estimator.json").read_text(encoding="utf-8"))
+    assert len(kept["rows"]) == len(kinds) > 10 and kept["summary"]["points"] == 0
+    assert estimator.main([*argv, "--limit-s", "-1"]) == 1
+
+
+def test_scenarios_rehearse_with_and_without_tiers(tmp_path: Path) -> None:
+    """A scenario and its tiered twin, tiny on a CPU; FP4 weights are refused as on a GPU."""
+    scenarios = script("scenarios")
+    rows = tuple(row for row in scenarios.ROWS if row[0] in ("student free", "student 4.5GB, tiered", "cluster"))
+    assert scenarios.main(["--out", str(tmp_path), "--rehearse"], rows) == 0
+    kept = json.loads((tmp_path / "scenarios.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["exit_code"] for row in kept] == [0, 0, 2]
+    assert any(line.startswith("tiers: ") for line in kept[1]["plan"]) and kept[1]["same_losses"]
 
 
 def test_scenarios_are_on_disk_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

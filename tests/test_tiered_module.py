@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vbench.errors import Unsupported
+from vbench.kernels.tiers import tiered
 from vbench.kernels.tiers.budget import Budget, BudgetError, parse_bytes
 from vbench.kernels.tiers.errors import TierError
 from vbench.kernels.tiers.links import HostLinks
@@ -433,6 +434,36 @@ def test_budgets_too_small_say_by_how_much() -> None:
     for parameter in mine.parameters():
         parameter.grad = None
     assert mine(tokens()).isfinite().all()
+
+
+def test_activations_are_measured_in_the_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, with an allocator of ours: what they leave holds resident units from the second pass on."""
+    mine, theirs = pair()
+    for parameter in mine.parameters():
+        parameter.requires_grad_(False)
+    at, activations = {"device_bytes": 0}, {"bytes": 5000}
+    began: list[torch.device] = []
+    monkeypatch.setattr(tiered, "_has_allocator", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", began.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: at["device_bytes"] + activations["bytes"])
+    weights = sum(unit.size_bytes for unit in discover(mine)[0])
+    budget = Budget(gpu=least_bytes(mine) + weights // 2 + 5000, pinned=1 << 20, activations="auto")
+    with tier(mine, budget=budget, device="cpu") as handle, torch.no_grad():
+        at["device_bytes"] = handle.residency.device_bytes
+        assert not any(unit["resident"] for unit in handle.plan()["units"])
+        expected = theirs(tokens())
+        assert torch.equal(mine(tokens()), expected) and len(began) == 1 and handle.activation_bytes is None
+        # Too much: told each time, and nothing is lost by it.
+        activations["bytes"] = budget.gpu_bytes
+        for _ in range(2):
+            with pytest.raises(BudgetError, match=f"measured at {budget.gpu_bytes} bytes"):
+                mine(tokens())
+        activations["bytes"] = 5000
+        for _ in range(3):
+            assert torch.equal(mine(tokens()), expected)
+        assert handle.activation_bytes == 5000 and len(began) == 1
+        assert any(unit["resident"] for unit in handle.plan()["units"])
+        assert at["device_bytes"] < handle.residency.device_bytes <= budget.gpu_bytes - 5000
 
 
 @pytest.mark.parametrize("text", ["8 G", "", "-1", "1e9", "GB", "8GiB8"])

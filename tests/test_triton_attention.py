@@ -25,6 +25,7 @@ from vbench.kernels.triton.attention import (
     takes_descriptor,
 )
 from vbench.reference.attention import attention_inputs, attention_oracle
+from vbench.reference.laws import attention_laws
 from vbench.reference.ops.attention import ATTENTION
 from vbench.reference.sampling import torch_dtype
 from vbench.spec import Case, Numerics, ParamValue
@@ -140,6 +141,8 @@ def bf16_without_emulation() -> float:
 
 def law(name: str) -> bool:
     """Exact laws, bit for bit."""
+    from vbench.kernels.triton.attention import PlainForward
+
     case = ATTENTION.case(dtype="fp16", causal="top_left", b=2, hq=4, hk=2, sq=70, sk=70, d=24)
     inputs = attention_inputs(case, "cpu")
     whole = _run(case, inputs)
@@ -154,6 +157,17 @@ def law(name: str) -> bool:
         alone = variant_of(case, b=1, hq=1, hk=1)
         one = _run(alone, {"q": inputs["q"][1:, 3:], "k": inputs["k"][1:, 1:], "v": inputs["v"][1:, 1:]})
         return all(torch.equal(whole[key][1:, 3:], one[key]) for key in whole)
+    if name == "half the batch alone gives the same bits":
+        kernel = make(case, "", "cpu")
+        assert isinstance(kernel, PlainForward) and kernel.batch_invariant
+        (found,) = (law for law in attention_laws(case, inputs) if law.declared == "batch_invariant")
+        assert found.case.axis("b") == 1
+        narrow = attention_tiles.Tile(block_m=32, block_n=16, warps=4, stages=1)
+        control = _outputs(found.case)
+        half = make(found.case, "", "cpu")
+        assert isinstance(half, PlainForward)
+        half.bind_tile(found.inputs, control, narrow, False)()
+        return found.broken(whole, _run(found.case, found.inputs)) == "" and found.broken(whole, control) != ""
     if name == "grouped heads are repeated heads":
         repeated = {key: inputs[key].repeat_interleave(2, dim=1) for key in ("k", "v")}
         other = _run(variant_of(case, hk=4), {"q": inputs["q"], **repeated})
@@ -162,8 +176,6 @@ def law(name: str) -> bool:
         other = _run(case, inputs | {"v": inputs["v"] * 2})
         return torch.equal(whole["out"] * 2, other["out"]) and torch.equal(whole["lse"], other["lse"])
     if name == "descriptors and pointers agree":
-        from vbench.kernels.triton.attention import PlainForward
-
         kernel = make(case, "", "cpu")
         assert isinstance(kernel, PlainForward)
         both = []
@@ -244,6 +256,7 @@ def test_interpreter_still_cannot_do_bf16(interpreter: ProcessPoolExecutor) -> N
     [
         "future keys do not matter",
         "a head alone is the head in a batch",
+        "half the batch alone gives the same bits",
         "grouped heads are repeated heads",
         "v doubled doubles out",
         "descriptors and pointers agree",

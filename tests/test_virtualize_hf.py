@@ -1,6 +1,7 @@
 """``virtualize`` on transformers' GPT-2 and Llama as they come: tiny random ones, nothing downloaded, no file changed.
 
-Skipped, and counted as such, without the package: ``pip install 'vbench-kernels[models]'``.
+Skipped, and counted as such, without the package: ``pip install 'vbench-kernels[models]'``; ``make models-test``, part
+of ``make test``, runs them with it.
 """
 
 from __future__ import annotations

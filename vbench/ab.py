@@ -16,7 +16,7 @@ from typing import Any
 from vbench.backend import Device
 from vbench.comparison import Comparison, Judged, Rule, Word, judge_cells
 from vbench.errors import UsageError
-from vbench.pairs import Cell, PairRunner
+from vbench.pairs import Cell, PairRunner, Shares
 from vbench.plan import EFFORTS, Effort
 from vbench.record import EXCUSED, Record
 from vbench.registry import BackendInfo, choose
@@ -25,6 +25,9 @@ from vbench.runner import WorkerProcess
 from vbench.sides import Side, import_path, parse_side
 from vbench.spec import Op, Suite
 from vbench.store import RunStore
+
+#: A further round of pairs is begun if this part of the limit is left: a round starts processes before it measures.
+LEAST_REST = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,14 +310,37 @@ def measure_cells(
     pairs: int,
     limit_s: float | None,
 ) -> tuple[list[Record], Path]:
-    """``pairs`` pairs of every cell, judged by nobody. Returns the records and where they are."""
+    """``pairs`` pairs of every cell, judged by nobody. Returns the records and where they are.
+
+    With a limit, of the cells in the order given as many as it has time for; what is left of it, if it is not too
+    little, is given to the others.
+    """
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vbench-ab-")))
         runner, records, path = _runner(
-            stack, cells, sides, {"pairs": pairs}, scratch, run_id, infos, device, out, seed, time_limit(limit_s)
+            stack, cells, sides, {"pairs": pairs}, scratch, run_id, infos, device, out, seed
         )
-        runner.measure(pairs, [cell.name for cell in cells])
+        measure_all(runner, [cell.name for cell in cells], pairs, limit_s)
         return records, path
+
+
+def measure_all(
+    runner: PairRunner,
+    names: Sequence[str],
+    pairs: int,
+    limit_s: float | None,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[str]:
+    """See ``measure_cells``. Returns the names of the cells that the limit left without all their pairs."""
+    if limit_s is None:
+        runner.measure(pairs, names)
+        return []
+    end = clock() + limit_s
+    left: list[str] = list(names)
+    while left and end - clock() > LEAST_REST * limit_s:
+        found = runner.measure_within(pairs, left, Shares(end - clock(), pairs, clock))
+        left = [name for name in left if name not in runner.failed and len(found[name]) < pairs]
+    return left
 
 
 def _runner(
@@ -328,7 +354,7 @@ def _runner(
     device: Device,
     out: Path,
     seed: int,
-    may_go_on: Callable[[], bool],
+    may_go_on: Callable[[], bool] = lambda: True,
 ) -> tuple[PairRunner, list[Record], Path]:
     """A runner that stores its records and keeps them in the list returned. The store is closed with ``stack``."""
     store = RunStore(out / run_id, {"run": run_id, "device": device, "seed": seed, "cells": len(cells), **summary})
@@ -347,5 +373,6 @@ def _runner(
         keep=keep,
         draw=random.Random(seed),
         may_go_on=may_go_on,
+        ahead=device == "cuda",
     )
     return runner, records, store.path

@@ -1,8 +1,8 @@
 """The records a baseline keeps, and what changes when it is taken anew. Writes only when told to.
 
-Kept is what the documents' generated numbers rest on, or, where no document is given, the times of a few processes a
-cell; so that what is committed stays small enough to be reviewed. Suites that the runs did not have are left as they
-are; one folder a machine.
+Kept is what the documents' generated numbers rest on, with further processes of those cells, or, where no document is
+given, the times of a few processes of every cell; so that what is committed stays small enough to be reviewed. Suites
+that the runs did not have are left as they are; one folder a machine.
 """
 
 from __future__ import annotations
@@ -73,10 +73,13 @@ def select(
                 path.read_text(encoding="utf-8"), ledger, records, current_sources=current_sources, where=str(path)
             )
         }
+        # A gate needs several processes of what is gated: sides of pairs, which no document's number rests on.
+        held = {(r.case, r.who) for r in records if r.id in ids and r.kind == "time"}
+        ids |= _times([r for r in records if r.kind == "pair" and (r.case, r.who) in held])
     else:
         ids = _times(records)
     kept = [r for r in records if r.id in ids and not (on_gpu and r.kind == "arithmetic")]
-    cells = {(r.kind, r.case, r.who, r.side, *sorted(r.tuning.items())) for r in kept}
+    cells = {(r.case, r.who, *sorted(r.tuning.items())) for r in kept}
     if len(cells) > LIMIT:
         raise DataError(f"the documents rest on {len(cells)} cells; {LIMIT} is the most a person reviews")
     return kept

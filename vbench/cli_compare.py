@@ -52,6 +52,21 @@ def add_commands(commands: Any) -> None:
     update.add_argument("--write", action="store_true", help="write after the diff was reviewed")
     update.add_argument("--json", action="store_true", help="print JSON")
 
+    measure = verbs.add_parser("measure", help="processes of our own cells, for update; what claims rest on first")
+    measure.add_argument("--suite", action="append", default=[], metavar="NAME", help="suite's timed cases; repeatable")
+    measure.add_argument("--op", action="append", default=[], metavar="NAME", help="operation; repeatable; all")
+    measure.add_argument("--case", action="append", default=[], metavar="ID", help="this case; repeatable")
+    measure.add_argument("--backend", action="append", default=[], metavar="NAME", help="repeatable (our own)")
+    measure.add_argument("--effort", choices=("quick", "standard", "full"), default="quick", help="which cases (quick)")
+    measure.add_argument("--claims", action="store_true", help="only cells that a claim rests on")
+    measure.add_argument("--baseline", type=Path, metavar="DIR", help="only cells of these records, of any effort")
+    measure.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where (auto)")
+    measure.add_argument("--pairs", type=int, default=3, metavar="N", help="process pairs, two processes each (3)")
+    measure.add_argument("--limit-s", type=float, metavar="S", help="measure as many cells as this has time for")
+    measure.add_argument("--resume", nargs="+", default=[], metavar="RUN", help="leave out what these have N pairs of")
+    measure.add_argument("--seed", type=int, default=0, metavar="N", help="seed of who leads (0)")
+    measure.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results folder ({DEFAULT_OUT})")
+
     selftest = commands.add_parser(
         "selftest", help="kernels wrong on purpose must be caught; --aa: our own false-alarm rate and power"
     )
@@ -72,8 +87,11 @@ def add_commands(commands: Any) -> None:
     selftest.add_argument("--cases", type=int, default=60, metavar="N", help="so many of the cheapest cases (60)")
     selftest.add_argument("--skip", type=int, default=0, metavar="N", help="leave out so many of the cheapest (0)")
     selftest.add_argument("--pairs", type=int, default=10, metavar="N", help="process pairs; 0: none, only --join (10)")
-    selftest.add_argument("--limit-s", type=float, metavar="S", help="begin no pair that would end later than this")
+    selftest.add_argument("--limit-s", type=float, metavar="S", help="measure as many cells as this has time for")
     selftest.add_argument("--join", nargs="+", default=[], metavar="RUN", help="count the pairs of these runs too")
+    selftest.add_argument(
+        "--resume", nargs="+", default=[], metavar="RUN", help="as --join, and leave out what these have N pairs of"
+    )
     selftest.add_argument("--seed", type=int, default=0, metavar="N", help="seed of what is drawn (0)")
     selftest.add_argument(
         "--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results folder ({DEFAULT_OUT})"
@@ -180,8 +198,12 @@ def _ab(arguments: argparse.Namespace) -> int:
 
 
 def _baseline(arguments: argparse.Namespace) -> int:
-    from vbench.compare_commands import baseline_update
+    from vbench.compare_commands import baseline_measure, baseline_update
 
+    if arguments.verb == "measure":
+        if arguments.pairs < 1:
+            raise UsageError("baseline measure: --pairs takes numbers from 1 on")
+        return baseline_measure(arguments)
     return baseline_update(
         arguments.runs,
         arguments.out,
@@ -195,8 +217,8 @@ def _baseline(arguments: argparse.Namespace) -> int:
 
 def _selftest(arguments: argparse.Namespace) -> int:
     if not arguments.aa:
-        if arguments.simulated or arguments.join:
-            raise UsageError("selftest: --simulated and --join go with --aa")
+        if arguments.simulated or arguments.join or arguments.resume:
+            raise UsageError("selftest: --simulated, --join and --resume go with --aa")
         from vbench.attack_command import selftest_command
 
         return selftest_command(arguments.control, arguments.device, arguments.out, as_json=arguments.json)

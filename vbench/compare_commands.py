@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vbench import ab, baseline, commands, comparison, documents, pairs, registry, regression, selftest, simulate
 from vbench.errors import CaseError, DataError, UsageError
-from vbench.judge import judge
-from vbench.record import Record
+from vbench.judge import judge, may_rest_on
+from vbench.pairs import Cell
+from vbench.plan import Effort
+from vbench.record import EXCUSED, Record
+from vbench.registry import BackendInfo
 from vbench.report import si
 from vbench.roofline import DATASHEETS, case_floor_s
 from vbench.roofline import ceilings as ceilings_of
@@ -108,8 +112,7 @@ def baseline_update(
     """
     books = commands.ledgers()
     registry.choose("ledger", [ledger], books)
-    records = [record for run in runs for record in read_records(commands.find_run(run, out))]
-    _refuse_twins(records)
+    records = _joined(runs, out)
     kept = baseline.select(records, texts, books[ledger], commands.current_sources())
     if not kept:
         raise DataError("nothing to keep: no record of these runs is behind a number of the documents")
@@ -170,10 +173,7 @@ def machine_selftest(arguments: argparse.Namespace) -> int:
     Raises:
         UsageError, DataError: names that are none, nothing to measure, or records that cannot be read.
     """
-    joined: list[Record] = []
-    for run in arguments.join:
-        joined += read_records(commands.find_run(run, arguments.out))
-    _refuse_twins(joined)
+    joined = _joined((*arguments.join, *arguments.resume), arguments.out)
     run_id = new_run_id()
     measured, path = _measure_selftest(arguments, run_id) if arguments.pairs else ([], arguments.out / run_id / RECORDS)
     taken = [r for r in (*joined, *measured) if r.kind == "pair"]
@@ -200,35 +200,107 @@ def machine_selftest(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _measure_selftest(arguments: argparse.Namespace, run_id: str) -> tuple[list[Record], Path]:
-    """The pairs of one run, stored as they are made."""
+def _joined(runs: Sequence[str], out: Path) -> list[Record]:
+    """The records of several runs.
+
+    Raises:
+        UsageError, DataError: no such run, records that cannot be read, or one run given twice.
+    """
+    records = [record for run in runs for record in read_records(commands.find_run(run, out))]
+    _refuse_twins(records)
+    return records
+
+
+def baseline_measure(arguments: argparse.Namespace) -> int:
+    """``vbench baseline measure``: process-level runs of our own cells, for ``baseline update``.
+
+    Identical code on both sides of ``--pairs`` pairs, which is two processes each. Cells that claims rest on come
+    first. Exit code 1 where a kernel is wrong, 3 where no cell got all its processes.
+
+    Raises:
+        UsageError, DataError: names that are none, nothing to measure, or records that cannot be read.
+    """
+    done = _joined(arguments.resume, arguments.out)
+    infos, cases, backends = _own_cases(arguments, arguments.effort if arguments.baseline is None else "full")
+    every = selftest.cells_of(cases, infos, backends, injected=False)
+    needs = [
+        c.restated for b in commands.ledgers().values() for c in b.claims if c.restated and c.restated.kind == "time"
+    ]
+
+    def idle(cell: Cell) -> bool:
+        return not any(may_rest_on(n, cell.backend["A"], cell.variant["A"], cell.case) for n in needs)
+
+    cells = selftest.unfinished(sorted(every, key=idle), done, arguments.pairs)
+    if arguments.claims:
+        cells = [c for c in cells if not idle(c)]
+    if arguments.baseline is not None:
+        held = {(case, who) for case, who, _ in baseline.readings(read_records(arguments.baseline))}
+        cells = [c for c in cells if (c.case, c.who) in held]
+    if not every:
+        raise UsageError("baseline measure: no timed case of these backends here; name one with --case")
+    if not cells:
+        print(f"nothing left to measure: {len(every)} cells have {arguments.pairs} pairs, or none that is asked for")
+        return 0
+    run_id = new_run_id()
+    records, path = _measure(cells, infos, arguments, run_id)
+    open_ = selftest.unfinished(cells, [*done, *records], arguments.pairs)
+    failed = Counter(r.label for r in records if not r.measurements)
+    print(f"cells     {len(cells) - len(open_)} of {len(cells)} have {2 * arguments.pairs} processes")
+    for label, number in sorted(failed.items()):
+        print(f"failed    {number} x {label}")
+    if open_:
+        print(f"go on     --resume {' '.join([*arguments.resume, run_id])}")
+    print(f"records   {path}")
+    if any(r.role == "own" and r.outcome not in EXCUSED for r in records):
+        return 1
+    return 3 if len(open_) == len(cells) else 0
+
+
+def _own_cases(
+    arguments: argparse.Namespace, effort: Effort
+) -> tuple[Mapping[str, BackendInfo], list[ab.Chosen], Sequence[str]]:
+    """All backends, the timed cases asked for, and whose they are to be: our own ones' unless named."""
     infos, ops, suites = registry.backends(), registry.ops(), registry.suites()
-    device = commands.device_of(arguments.device)
     cases = ab.chosen_cases(
         [suites[name] for name in registry.choose("suite", arguments.suite, suites)],
         ops,
         only_ops=registry.choose("op", arguments.op, ops),
         cases=arguments.case,
-        effort="full",
-        device=device,
+        effort=effort,
+        device=commands.device_of(arguments.device),
     )
     own = [n for n, info in infos.items() if info.role == "own" and info.timed and not info.problem]
-    backends = registry.choose("backend", arguments.backend, infos) if arguments.backend else own
-    cost_s = {c.case: _bound_s(ops[c.op], c.case) for c in cases}
-    cells = selftest.cells_of(selftest.cheapest(cases, cost_s, arguments.cases, arguments.skip), infos, backends)
-    if not cells:
-        raise UsageError("selftest: no timed case of these backends here; name one with --case")
+    return infos, cases, registry.choose("backend", arguments.backend, infos) if arguments.backend else own
+
+
+def _measure(
+    cells: Sequence[Cell], infos: Mapping[str, BackendInfo], arguments: argparse.Namespace, run_id: str
+) -> tuple[list[Record], Path]:
+    """The pairs of one run, stored as they are made."""
     return ab.measure_cells(
         cells,
         {side: Side("installed") for side in "AB"},
         run_id=run_id,
         infos=infos,
-        device=device,
+        device=commands.device_of(arguments.device),
         out=arguments.out,
         seed=arguments.seed,
         pairs=arguments.pairs,
         limit_s=arguments.limit_s,
     )
+
+
+def _measure_selftest(arguments: argparse.Namespace, run_id: str) -> tuple[list[Record], Path]:
+    ops = registry.ops()
+    infos, cases, backends = _own_cases(arguments, "full")
+    cost_s = {c.case: _bound_s(ops[c.op], c.case) for c in cases}
+    every = selftest.cells_of(selftest.cheapest(cases, cost_s, arguments.cases, arguments.skip), infos, backends)
+    if not every:
+        raise UsageError("selftest: no timed case of these backends here; name one with --case")
+    cells = selftest.unfinished(every, _joined(arguments.resume, arguments.out), arguments.pairs)
+    if not cells:
+        return [], arguments.out / run_id / RECORDS
+    return _measure(cells, infos, arguments, run_id)
 
 
 def _bound_s(op: Op, case_id: str) -> float:

@@ -81,23 +81,31 @@ def render(
         ("errors", "Errors over their budgets", _ERRORS_NOTE, errors(records, colour)),
     )
     there = {r.id for r in records}
+    claims = [
+        _claim(claim.id, claim.says, verdict, there)
+        for name, ledger in ledgers.items()
+        for claim, verdict in zip(ledger.claims, verdicts[name], strict=True)
+    ]
+    decided = [c for c in claims if c["words"] & DECIDED]
     return made.from_string(template).render(
         run=run,
         where=where,
         counts=", ".join(f"{n} {outcome}" for outcome, n in Counter(r.outcome.value for r in records).most_common()),
         sections=SECTIONS,
         colours=COLOURS,
-        claims=[
-            _claim(claim.id, claim.says, verdict, there)
-            for name, ledger in ledgers.items()
-            for claim, verdict in zip(ledger.claims, verdicts[name], strict=True)
-        ],
+        decided=decided,
+        undecided=[c for c in claims if not c["words"] & DECIDED],
+        verdicts=_verdict_counts(claims),
         figures=figures,
         environment=environment_rows(records),
         columns=COLUMNS,
         rows=[{"id": r.id, "cells": _cells(r)} for r in records],
     )
 
+
+#: Verdicts that decide a claim, in the order in which they are counted.
+DECIDED_ORDER = ("REFUTED", "SUPPORTED")
+DECIDED = frozenset(DECIDED_ORDER)
 
 _ROOFLINE_NOTE = (
     "Attained rate against arithmetic intensity, one point a timed case; the dashed lines are this machine's measured "
@@ -116,7 +124,17 @@ def _claim(name: str, says: str, verdict: ClaimVerdict, there: set[str]) -> dict
         "says": says,
         "stated": _finding(verdict.stated, there),
         "restated": [_finding(f, there) for f in verdict.findings[1:]],
+        "words": {str(f.word) for f in verdict.findings},
     }
+
+
+def _verdict_counts(claims: Sequence[Mapping[str, Any]]) -> str:
+    """How many claims there are and how many have such a verdict; one may have several, as stated and on machines."""
+    counts = Counter(word for c in claims for word in c["words"] & DECIDED)
+    open_ = sum(not c["words"] & DECIDED for c in claims)
+    return ", ".join(
+        [f"{len(claims)} claims", *(f"{counts[w]} {w}" for w in DECIDED_ORDER), f"{open_} not decided here"]
+    )
 
 
 def _finding(found: Finding, there: set[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 A pair measures every cell. In it each cell is opened on both sides, then sampled in ABBA or BAAB order, who leads drawn
 at random, then verified and closed. Inputs have a new seed in each pair. Every pair leaves one record a cell and side.
+Where it is cheap, the next pair's processes start while a pair is measured; they touch the device only in their turn.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import itertools
 import math
 import random
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -51,10 +53,20 @@ class Cell:
     slowdown: float = 0.0
 
     @property
+    def who(self) -> str:
+        """Side A as a record's ``who`` has it."""
+        return self._who("A")
+
+    def _who(self, side: str) -> str:
+        backend, variant = self.backend[side], self.variant[side]
+        return f"{backend}[{variant}]" if variant else backend
+
+    @property
     def name(self) -> str:
         """Unique among the cells of a comparison."""
-        who = [f"{self.backend[s]}[{self.variant[s]}]" if self.variant[s] else self.backend[s] for s in "AB"]
-        return " ".join([self.case, *dict.fromkeys(who)]) + (f" +{self.slowdown * 100:g}%" if self.slowdown else "")
+        return " ".join([self.case, *dict.fromkeys(map(self._who, "AB"))]) + (
+            f" +{self.slowdown * 100:g}%" if self.slowdown else ""
+        )
 
     @property
     def bound(self) -> tuple[str, ...]:
@@ -65,11 +77,35 @@ class Cell:
 class Asker(Protocol):
     """A worker process: see ``vbench.runner.WorkerProcess``."""
 
+    def begin(self) -> None: ...
+
     def ask(self, request: Mapping[str, Any], deadline_s: float) -> dict[str, Any] | Failure: ...
 
     def kill(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Shares:
+    """Divides a time limit over pairs, so that a cell that the first pair reaches has time in all of them.
+
+    The first pair has two shares, since it compiles; within a pair each backend has time by the number of its cells.
+
+    Args:
+        limit_s: seconds from now on.
+        pairs: how many are to be measured.
+    """
+
+    def __init__(self, limit_s: float, pairs: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._began, self._share_s, self._clock = clock(), limit_s / (pairs + 1), clock
+
+    def end(self, pair: int, part: float) -> float:
+        """When, by the clock, pair ``pair`` (from 0) begins no further cell among the first ``part`` of its cells."""
+        before = self._share_s * (pair + 1 if pair else 0)
+        return self._began + before + part * self._share_s * (1 if pair else 2)
+
+    def over(self, end: float) -> bool:
+        return self._clock() >= end
 
 
 @dataclass(slots=True)
@@ -85,6 +121,8 @@ class PairRunner:
         draw: decides who leads.
         environments: environment of the records by (side, backend), as probed.
         may_go_on: asked before each pair; once False no pair is begun any more.
+        ahead: start the next pair's processes while a pair is measured. Not where their start would be measured too,
+            which is wherever kernels and interpreters share the processor.
         failed: cell -> why it gave no observation, once it has failed on a side; it is not tried again.
     """
 
@@ -96,33 +134,90 @@ class PairRunner:
     draw: random.Random
     environments: dict[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
     may_go_on: Callable[[], bool] = lambda: True
+    ahead: bool = False
     failed: dict[str, str] = field(default_factory=dict)
     pairs: int = 0
 
     def measure(self, pairs: int, cells: Sequence[str]) -> dict[str, list[Observation]]:
         """Observations of ``pairs`` more pairs; a cell that fails has fewer or none."""
+        return self._measure(pairs, cells, None)
+
+    def measure_within(self, pairs: int, cells: Sequence[str], shares: Shares) -> dict[str, list[Observation]]:
+        """As ``measure``, but a cell that a pair has no time for is left out of it and of all that follow.
+
+        Returns:
+            by cell; those without ``pairs`` observations were not reached, or failed.
+        """
+        return self._measure(pairs, cells, shares)
+
+    def _measure(self, pairs: int, cells: Sequence[str], shares: Shares | None) -> dict[str, list[Observation]]:
         found: dict[str, list[Observation]] = {name: [] for name in cells}
-        for _ in range(pairs):
-            if not self.may_go_on():
-                break
-            self.pairs += 1
-            by_workers: dict[tuple[str, ...], list[Cell]] = {}
-            for name in cells:
-                if name not in self.failed:
-                    cell = self.cells[name]
-                    by_workers.setdefault(tuple(cell.backend.values()), []).append(cell)
-            for group in by_workers.values():
-                for name, observation in self._pair(group):
-                    found[name].append(observation)
+        late: set[str] = set()
+        waiting: list[tuple[tuple[str, ...], dict[str, Asker]]] = []
+        try:
+            for number in range(pairs):
+                if not self.may_go_on():
+                    break
+                groups = self._by_backends([name for name in cells if name not in late])
+                if not groups:
+                    break
+                self.pairs += 1
+                total, before = sum(map(len, groups.values())), 0
+                for i, (names, group) in enumerate(groups.items()):
+                    before += len(group)
+                    end = None if shares is None else (shares, shares.end(number, before / total))
+                    workers = self._workers(names, waiting)
+                    following = list(groups)[i + 1 :] or (list(groups) if number + 1 < pairs else [])
+                    if self.ahead and following:
+                        # Only one pair's worth waits, and it costs the device nothing before its probe.
+                        waiting.append((following[0], self._workers(following[0], [])))
+                        for worker in waiting[-1][1].values():
+                            worker.begin()
+                    for name, observation in self._pair(group, workers, end, late):
+                        found[name].append(observation)
+        finally:
+            for _, workers in waiting:
+                for worker in workers.values():
+                    worker.kill()
         return found
 
-    def _pair(self, cells: Sequence[Cell]) -> list[tuple[str, Observation]]:
-        """One pair of processes measures all of ``cells``, which have the same backends."""
+    def _by_backends(self, cells: Iterable[str]) -> dict[tuple[str, ...], list[Cell]]:
+        """The cells that have not failed, by the backends of their two sides."""
+        groups: dict[tuple[str, ...], list[Cell]] = {}
+        for name in cells:
+            if name not in self.failed:
+                cell = self.cells[name]
+                groups.setdefault((cell.backend["A"], cell.backend["B"]), []).append(cell)
+        return groups
+
+    def _workers(
+        self, names: tuple[str, ...], waiting: list[tuple[tuple[str, ...], dict[str, Asker]]]
+    ) -> dict[str, Asker]:
+        """Those of ``waiting`` for these backends, else new ones; others that wait are not needed any more."""
+        while waiting:
+            other, workers = waiting.pop()
+            if other == names:
+                return workers
+            for worker in workers.values():
+                worker.kill()
+        return {side: self.start(side, name) for side, name in zip("AB", names, strict=True)}
+
+    def _pair(
+        self,
+        cells: Sequence[Cell],
+        workers: Mapping[str, Asker],
+        end: tuple[Shares, float] | None,
+        late: set[str],
+    ) -> list[tuple[str, Observation]]:
+        """One pair of processes measures all of ``cells``, which have the same backends.
+
+        Args:
+            end: once it is over, the cells not yet begun are added to ``late`` instead.
+        """
         found: list[tuple[str, Observation]] = []
         bound: dict[tuple[str, ...], list[Cell]] = {}
         for cell in cells:
             bound.setdefault(cell.bound, []).append(cell)
-        workers = {side: self.start(side, cells[0].backend[side]) for side in "AB"}
         try:
             with ThreadPoolExecutor(max_workers=2) as pool:
 
@@ -140,13 +235,15 @@ class PairRunner:
                             probes[side] = Failure(Outcome.UNAVAILABLE, "needs_cuda", detail)
                 if not self._fails(cells, probes, "probe"):
                     for group in bound.values():
-                        found += self._group(group, workers, both)
+                        if end is not None and end[0].over(end[1]):
+                            late |= {cell.name for cell in group}
+                        else:
+                            found += self._group(group, workers, both)
+                list(pool.map(lambda worker: worker.close(), workers.values()))
         except BaseException:
             for worker in workers.values():
                 worker.kill()
             raise
-        for worker in workers.values():
-            worker.close()
         return found
 
     def _group(
@@ -160,17 +257,16 @@ class PairRunner:
         opened = both({s: self._open(first, s) for s in "AB"})
         if self._fails(cells, opened, "open"):
             return []
-        slowdowns = {"A": [0.0], "B": sorted({c.slowdown for c in cells})}
         multiple = INJECTION_LAUNCHES if any(c.slowdown for c in cells) else 1
-        arm: dict[str, Any] = {"kind": "arm", "launches": 0, "multiple": multiple}
-        armed = workers["A"].ask({**arm, "slowdowns": slowdowns["A"]}, DEADLINE_S)
-        if self._fails(cells, {"A": armed}, "arm"):
+        arm: dict[str, Any] = {"kind": "arm", "launches": 0, "multiple": multiple, "slowdowns": []}
+        # Both sides average over as many launches; A says how many, undisturbed by B.
+        counted = workers["A"].ask(arm, DEADLINE_S)
+        if self._fails(cells, {"A": counted}, "arm"):
             return []
-        assert not isinstance(armed, Failure)
-        # Both sides average over as many launches.
-        arm["launches"] = round(armed["metrics"]["launches"])
-        other = workers["B"].ask({**arm, "slowdowns": slowdowns["B"]}, DEADLINE_S)
-        if self._fails(cells, {"B": other}, "arm"):
+        assert not isinstance(counted, Failure)
+        arm["launches"] = round(counted["metrics"]["launches"])
+        slowdowns = {"A": [0.0], "B": sorted({c.slowdown for c in cells})}
+        if self._fails(cells, both({s: {**arm, "slowdowns": slowdowns[s]} for s in "AB"}), "arm"):
             return []
         taken: list[tuple[Cell, dict[str, list[Measurement]]]] = []
         for cell in cells:

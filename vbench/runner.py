@@ -71,6 +71,12 @@ class WorkerProcess:
         self._threads = threads
         self._process: subprocess.Popen[bytes] | None = None
         self._buffer = b""
+        self._ready = False
+
+    def begin(self) -> None:
+        """Start the process now and do not wait for it; the first request will, for what is left of its start."""
+        if self._process is None:
+            self._start()
 
     def _start(self) -> None:
         env = {**os.environ, **self._extra, "VBENCH_WORKER_THREADS": str(self._threads), "PYTHONUNBUFFERED": "1"}
@@ -84,6 +90,7 @@ class WorkerProcess:
                 start_new_session=True,
             )
         self._buffer = b""
+        self._ready = False
 
     def ask(
         self, request: Mapping[str, Any], deadline_s: float, start_s: float = START_DEADLINE_S
@@ -94,11 +101,12 @@ class WorkerProcess:
             deadline_s: of the job.
             start_s: of the worker's start, where it is not running yet.
         """
-        if self._process is None:
-            self._start()
+        self.begin()
+        if not self._ready:
             ready = self._read_line(start_s)
             if isinstance(ready, Failure):
                 return Failure(ready.outcome, f"start_{ready.reason}", ready.detail)
+            self._ready = True
         assert self._process is not None and self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")

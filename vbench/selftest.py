@@ -7,6 +7,8 @@ runs can be joined.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,8 +30,14 @@ PAIRS = 10
 Observed = Mapping[tuple[str, float], Sequence[Observation]]
 
 
-def cells_of(cases: Sequence[Chosen], infos: Mapping[str, BackendInfo], backends: Sequence[str]) -> list[Cell]:
-    """Two cells for each case of each backend and variant: identical code, and a slowdown, in turn over the cases."""
+def cells_of(
+    cases: Sequence[Chosen], infos: Mapping[str, BackendInfo], backends: Sequence[str], *, injected: bool = True
+) -> list[Cell]:
+    """Two cells for each case of each backend and variant: identical code, and a slowdown, in turn over the cases.
+
+    Args:
+        injected: whether the slowdowns are wanted; a baseline has no use for them.
+    """
     found: list[Cell] = []
     for case in cases:
         for name in backends:
@@ -37,10 +45,19 @@ def cells_of(cases: Sequence[Chosen], infos: Mapping[str, BackendInfo], backends
             for variant in info.variants_of(case.op) if case.op in info.ops else ():
                 slowdown = SLOWDOWNS[len(found) // 2 % len(SLOWDOWNS)]
                 names, variants = {"A": name, "B": name}, {"A": variant, "B": variant}
-                for injected in (0.0, slowdown):
-                    cell = Cell(case.op, case.case, names, variants, info.role, case.suite, case.source, injected)
+                for part in (0.0, slowdown) if injected else (0.0,):
+                    cell = Cell(case.op, case.case, names, variants, info.role, case.suite, case.source, part)
                     found.append(cell)
     return found
+
+
+def unfinished(cells: Iterable[Cell], pairs: Iterable[Record], wanted: int) -> list[Cell]:
+    """The cells of which ``pairs`` hold fewer than ``wanted`` pairs of processes."""
+    have: Counter[tuple[str, str, float]] = Counter()
+    for r in pairs:
+        if r.kind == "pair" and r.measurements and r.side == "A" and not r.tree:
+            have[r.case, r.who, float(r.tuning.get("injected", "0"))] += 1
+    return [c for c in cells if have[c.case, c.who, c.slowdown] < wanted]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +166,7 @@ def cheapest(cases: Iterable[Chosen], cost_s: Mapping[str, float], number: int, 
     """``number`` of the cases with the smallest lower bound on their time, after the first ``skip`` of them.
 
     Args:
-        cost_s: by case id; a case whose bound is not known counts as free.
+        cost_s: by case id; cases whose bound is not known, or is 0, come last: a sample is at least 100 launches.
     """
-    ordered = sorted(cases, key=lambda c: (cost_s.get(c.case, 0.0), c.case))
+    ordered = sorted(cases, key=lambda c: (cost_s.get(c.case) or math.inf, c.case))
     return ordered[skip : skip + number]

@@ -4,6 +4,9 @@ Each point is one model, workload and optimizer: real steps, then ``torch.cuda.m
 (optimizer states exist from the first on). What is compared is the allocator's peak; the context is outside it. Writes
 ``estimator.json`` and the table ``estimator.md``, both anew after every point; about a minute on an H200. Exit code 1
 if the median error is above 5 %, the worst above 15 %, or fewer than 40 points were measured.
+
+With ``--device cpu`` it rehearses: every point's options on a model that is tiny, stepped for real; no allocator counts
+there, so no peak is measured, and only a point that cannot be stepped fails.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -65,9 +68,18 @@ def make_optimizer(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9 if name == "momentum" else 0.0, fused=True)
 
 
-def measure(shape: ModelShape, work: Workload, optimizer: str) -> int:
-    """Peak bytes the allocator gave out during the last step."""
-    device = torch.device("cuda")
+def small(shape: ModelShape, work: Workload) -> tuple[ModelShape, Workload]:
+    """The point with everything kept that is not a size."""
+    shape = replace(
+        shape, layers=2, width=64, heads=4, kv_heads=4 if shape.kv_heads == shape.heads else 2, head_dim=16, inner=96,
+        vocabulary=300, context=64,
+    )  # fmt: skip
+    return shape, replace(work, batch=1, sequence=16)
+
+
+def measure(shape: ModelShape, work: Workload, optimizer: str, device: torch.device) -> int | None:
+    """Peak bytes the allocator gave out during the last step; ``None`` on a CPU."""
+    on_cuda = device.type == "cuda"
     with device:
         model = LanguageModel(
             shape, attention=work.attention, checkpointing=work.checkpointing, dropout=0.1 if work.dropout else 0.0
@@ -76,18 +88,20 @@ def measure(shape: ModelShape, work: Workload, optimizer: str) -> int:
             model = model.bfloat16()
         optim = make_optimizer(optimizer, model)
         ids, targets = (torch.randint(shape.vocabulary, (work.batch, work.sequence)) for _ in range(2))
-    peak = 0
+    peak = None
     for _ in range(STEPS):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=work.dtype == "amp"):
+        if on_cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=work.dtype == "amp"):
             loss = model(ids, targets)
         loss.backward()
         optim.step()
         optim.zero_grad(set_to_none=True)
         del loss
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
+        if on_cuda:
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated()
     return peak
 
 
@@ -102,27 +116,33 @@ def matrix_workspace_bytes() -> int:
     return torch.cuda.memory_allocated()
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write, judge."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where to write (here)")
     arguments.add_argument("--limit-s", type=float, default=110.0, metavar="S", help="start no point after this (110)")
     arguments.add_argument("--show", type=int, default=8, metavar="N", help="rows to print, the worst first (8)")
-    options = arguments.parse_args()
-    card, start, rows = find_card("auto"), time.monotonic(), []
-    workspace, skipped = matrix_workspace_bytes(), 0
+    arguments.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses (cuda)")
+    options = arguments.parse_args(argv)
+    device, start, rows = torch.device(options.device), time.monotonic(), []
+    on_cuda = device.type == "cuda"
+    card = find_card("auto" if on_cuda else "h200")
+    workspace, skipped = matrix_workspace_bytes() if on_cuda else 0, 0
     for shape, work, optimizer in points():
         if time.monotonic() - start > options.limit_s:
             skipped += 1
             continue
+        if not on_cuda:
+            shape, work = small(shape, work)
         predicted = estimate(shape, work, optimizer, card)
         row: dict[str, Any] = {"model": shape.name, **asdict(work), "optimizer": optimizer}
         try:
-            row["measured_bytes"] = measure(shape, work, optimizer)
+            row["measured_bytes"] = measure(shape, work, optimizer, device)
         except torch.cuda.OutOfMemoryError:
             row["measured_bytes"] = None
         gc.collect()
-        torch.cuda.empty_cache()
+        if on_cuda:
+            torch.cuda.empty_cache()
         row.update(predicted_bytes=predicted.allocated, peak_at=predicted.peak_at)
         if row["measured_bytes"]:
             row["error"] = predicted.allocated / row["measured_bytes"] - 1
@@ -133,6 +153,8 @@ def main() -> int:
     write(options.out, summary, rows)
     # The worst ones and the summary; all of them are in the files.
     print("\n".join(table(summary, rows).splitlines()[: options.show + 4]))
+    if not on_cuda:
+        return int(len(rows) < LEAST_POINTS)
     bad = summary["median_error"] > MEDIAN_LIMIT or summary["worst_error"] > WORST_LIMIT
     return int(bad or summary["points"] < LEAST_POINTS)
 
@@ -141,8 +163,8 @@ def summarise(rows: list[dict[str, Any]], workspace: int, assumed: int, seconds:
     """The errors of the rows measured so far."""
     errors = [abs(r["error"]) for r in rows if "error" in r] or [0.0]
     return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "torch": str(torch.__version__),
         "matrix_workspace_bytes": workspace,
         "matrix_workspace_bytes_assumed": assumed,
         "points": sum("error" in r for r in rows),
@@ -172,7 +194,8 @@ def table(summary: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in sorted(rows, key=lambda r: -abs(r.get("error", 0.0))):
-        got = f"{r['measured_bytes'] / 1e9:.3f} GB" if r["measured_bytes"] else "out of memory"
+        unmeasured = "out of memory" if torch.cuda.is_available() else "not measured"
+        got = f"{r['measured_bytes'] / 1e9:.3f} GB" if r["measured_bytes"] else unmeasured
         error = f"{r['error']:+.2%}" if "error" in r else "-"
         lines.append(
             f"| {r['model']} | {r['batch']} x {r['sequence']} | {r['dtype']}{' dropout' if r['dropout'] else ''} | "

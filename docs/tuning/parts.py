@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,8 +74,19 @@ def parser(doc: str | None, limit_s: float) -> argparse.ArgumentParser:
     return made
 
 
-def work(chosen: Sequence[str], known: Parts, out: Path, name: str, limit_s: float) -> int:
-    """Run the parts, with ``out/NAME.json`` and a table at the end. Exit code 1 if any did not end with 0."""
+def work(
+    chosen: Sequence[str],
+    known: Parts,
+    out: Path,
+    name: str,
+    limit_s: float,
+    lacking: Callable[[str], list[str]] = lambda part: [],
+) -> int:
+    """Run the parts, with ``out/NAME.json`` and a table at the end. Exit code 1 if any did not end with 0.
+
+    Args:
+        lacking: the packages that a part needs and that are not here; such a part is left out.
+    """
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.json"
     table: list[dict[str, object]] = []
@@ -87,6 +98,9 @@ def work(chosen: Sequence[str], known: Parts, out: Path, name: str, limit_s: flo
         table.append(row)
         if end - start < LEAST_S:
             row["ended"] = "left out: no time"
+            continue
+        if missing := lacking(part):
+            row["ended"] = f"left out: no {', '.join(missing)}"
             continue
         write(path, table)
         said, code = run(part, command, min(part_s, end - start), out)

@@ -4,6 +4,9 @@ Each row is one ``virtual-blackwell train`` of a few steps under an allocator bu
 nothing of it), by the command's own ``main`` in this process, whose allocator is emptied in between. Rows that only
 differ in budget and tiers are compared: losses, step time and the GPU's peak. Writes ``scenarios.json`` and
 ``scenarios.md`` anew after every row; a row that would begin after ``--limit-s`` is left out and counted.
+
+``--rehearse`` runs the same rows with the tiny preset on a CPU, under budgets that leave as little room; without fused
+attention, which is refused there.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ ROWS: tuple[tuple[str, list[str]], ...] = (
     ("large fp32 5GB, tiered", ["--preset", "large", "--gradient-checkpointing", "--vgpu-auto", "--budget", "5GB"]),
     ("cluster", ["--preset", "large", *MIXED, "--vgpu-auto", "--use-fp4", "--use-flash-attn", "--budget", "24GB"]),
 )
+#: What the GPU rows ask for -> what the tiny preset is asked for on a CPU. The last budget has no room for all of it.
+SMALL = {"medium": "tiny", "large": "tiny", "8GB": "1GB", "24GB": "1GB", "4.5GB": "475MB", "5GB": "475MB"}
 STEPS = 10
 #: Two checkpoints of the largest preset, with room to spare.
 SCRATCH_BYTES = 16 << 30
@@ -73,6 +78,15 @@ def run(name: str, options: list[str], folder: Path, data: Path) -> dict[str, An
     return row
 
 
+def rehearsed(rows: tuple[tuple[str, list[str]], ...]) -> tuple[tuple[str, list[str]], ...]:
+    """The same rows, small and on a CPU."""
+    sizes = ["--batch", "2", "--seq", "32", "--device", "cpu", "--threads", "1"]
+    return tuple(
+        (name, [SMALL.get(word, word) for word in options if word != "--use-flash-attn"] + sizes)
+        for name, options in rows
+    )
+
+
 def write(folder: Path, rows: list[dict[str, Any]], left_out: list[str]) -> str:
     """Both files, anew; returns the table."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
@@ -98,7 +112,9 @@ def main(argv: Sequence[str] | None = None, rows: tuple[tuple[str, list[str]], .
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where to write (here)")
     parser.add_argument("--limit-s", type=float, default=100.0, metavar="S", help="begin no row after this (100)")
+    parser.add_argument("--rehearse", action="store_true", help="tiny models on a CPU")
     options = parser.parse_args(argv)
+    rows = rehearsed(rows) if options.rehearse else rows
     options.out.mkdir(parents=True, exist_ok=True)
     start, text = time.monotonic(), ""
     done: list[dict[str, Any]] = []

@@ -92,7 +92,8 @@ def candidates(m: int, n: int, k: int, fmt: str) -> list[Plan]:
     if m <= linear.SPLIT_MAX_M:
         bm = next(b for b in (8, 16, 32, 64) if m <= b)
         if n < linear.WALK_ROWS:
-            return [linear.choose_plan(m, n, k, fmt, "bf16", "none", "cuda", hopper=True)]
+            chosen = [linear.choose_plan(m, n, k, fmt, "bf16", "none", "cuda", hopper=True)]
+            return chosen + [Plan("gluon", 128, 64, 32, 12, 6, parts)] * (m > 32)
         fused = [(64, 4, 4), (64, 4, 3), (128, 8, 3), (128, 4, 3)] if m >= 16 else [(64, 2, 4), (64, 4, 4)]
         plans = [
             Plan("fused", bn, bm, 64, warps, stages, parts, walk=walk)

@@ -165,7 +165,7 @@ class Tiered:
         self._waiting = 0
         self._clock = 0
         self._records: dict[bool, Order] = {}
-        self._measured = budget.activation_bytes != "auto" or not on_cuda
+        self._measured = budget.activation_bytes != "auto" or not _has_allocator(device)
         self.stats_ = Stats()
         self._state = "open"
         self._hooks: list[Any] = []
@@ -803,20 +803,26 @@ class Tiered:
     # --- measuring -------------------------------------------------------------------------------------------------
 
     def _measure(self) -> None:
-        """Take the peak of what ran so far as the room activations need, and give the rest to resident units."""
-        self._measured = True
+        """Take the peak of what ran so far as the room activations need, and give the rest to resident units.
+
+        Raises:
+            BudgetError: activations leave too little. Nothing has changed: the next pass measures, and says so, again.
+        """
         if any(not slot.idle for slot in self._slots):
+            self._measured = True
             return  # a graph is still alive: its saved weights must stay where they are said to be
         peak = torch.cuda.max_memory_allocated(self.device)
-        activations = self.activation_bytes = max(0, peak - self.residency.device_bytes - self._staged_bytes)
-        self._down_links.drain()
-        self._slots.clear()
-        self._slot_of.clear()
-        self._by_address.clear()
+        activations = max(0, peak - self.residency.device_bytes - self._staged_bytes)
         try:
             fresh = self._plan(self._room_bytes(activations), first=False)
         except BudgetError as error:
             raise BudgetError(f"activations were measured at {activations} bytes: {error}") from error
+        self._measured = True
+        self.activation_bytes = activations
+        self._down_links.drain()
+        self._slots.clear()
+        self._slot_of.clear()
+        self._by_address.clear()
         self._install(fresh)
 
 
@@ -908,6 +914,11 @@ def tier(
     for part in module.modules():
         _tiered[part] = weakref.ref(handle)
     return handle
+
+
+def _has_allocator(device: torch.device) -> bool:
+    """Whether torch counts what it gives out there, so that activations can be measured."""
+    return device.type == "cuda"
 
 
 def tiered_modules() -> Mapping[nn.Module, Tiered]:

@@ -16,55 +16,65 @@ import triton
 import triton.language as tl
 
 #: Two codes of four sit in the two 16-bit lanes of a register; each output register is one code position of both lanes.
-#: q + 8 in the low mantissa bits of 128.0 (bf16) is exactly 128 + q + 8; subtracting 136 leaves q, exactly.
+#: q + 8 in the low mantissa bits of 128.0 (bf16) is 128 + q + 8, so a quarter of it minus 34 is q / 4. A code four bits
+#: further up needs no shift: below 2 * 2^-126 a bf16 grows linearly with its bits, exponent's lowest bit included, so
+#: those bits alone are (q + 8) x 2^-129, and 2^127 times that minus 2 is q / 4 too. bf16 products honour subnormals.
 _INT4_BF16 = tl.constexpr(
     """{
-    .reg .b32 t1, t2, t3, one, off;
-    mov.b32 one, 0x3F803F80;
-    mov.b32 off, 0xC308C308;
-    shr.u32 t1, $4, 4;
-    shr.u32 t2, $4, 8;
-    shr.u32 t3, $4, 12;
+    .reg .b32 t, quarter, large, off, two;
+    mov.b32 quarter, 0x3E803E80;
+    mov.b32 large, 0x7F007F00;
+    mov.b32 off, 0xC208C208;
+    mov.b32 two, 0xC000C000;
+    shr.u32 t, $4, 8;
     lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
-    lop3.b32 $1, t1, 0x000F000F, 0x43004300, 0xEA;
-    lop3.b32 $2, t2, 0x000F000F, 0x43004300, 0xEA;
-    lop3.b32 $3, t3, 0x000F000F, 0x43004300, 0xEA;
-    fma.rn.bf16x2 $0, $0, one, off;
-    fma.rn.bf16x2 $1, $1, one, off;
-    fma.rn.bf16x2 $2, $2, one, off;
-    fma.rn.bf16x2 $3, $3, one, off;
+    and.b32 $1, $4, 0x00F000F0;
+    lop3.b32 $2, t, 0x000F000F, 0x43004300, 0xEA;
+    and.b32 $3, t, 0x00F000F0;
+    fma.rn.bf16x2 $0, $0, quarter, off;
+    fma.rn.bf16x2 $1, $1, large, two;
+    fma.rn.bf16x2 $2, $2, quarter, off;
+    fma.rn.bf16x2 $3, $3, large, two;
     }"""
 )
-#: The same with 1024.0 in fp16 (ten mantissa bits); -1032 = 0xE408.
+#: 1024.0 in fp16 has ten mantissa bits, room for a code four bits further up: 1024 + 16 (q + 8), a sixteenth, minus 72.
 _INT4_FP16 = tl.constexpr(
     """{
-    .reg .b32 t1, t2, t3, one, off;
+    .reg .b32 t, one, sixteenth, off, less;
     mov.b32 one, 0x3C003C00;
+    mov.b32 sixteenth, 0x2C002C00;
     mov.b32 off, 0xE408E408;
-    shr.u32 t1, $4, 4;
-    shr.u32 t2, $4, 8;
-    shr.u32 t3, $4, 12;
+    mov.b32 less, 0xD480D480;
+    shr.u32 t, $4, 8;
     lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
-    lop3.b32 $1, t1, 0x000F000F, 0x64006400, 0xEA;
-    lop3.b32 $2, t2, 0x000F000F, 0x64006400, 0xEA;
-    lop3.b32 $3, t3, 0x000F000F, 0x64006400, 0xEA;
+    lop3.b32 $1, $4, 0x00F000F0, 0x64006400, 0xEA;
+    lop3.b32 $2, t, 0x000F000F, 0x64006400, 0xEA;
+    lop3.b32 $3, t, 0x00F000F0, 0x64006400, 0xEA;
     fma.rn.f16x2 $0, $0, one, off;
-    fma.rn.f16x2 $1, $1, one, off;
+    fma.rn.f16x2 $1, $1, sixteenth, less;
     fma.rn.f16x2 $2, $2, one, off;
-    fma.rn.f16x2 $3, $3, one, off;
+    fma.rn.f16x2 $3, $3, sixteenth, less;
     }"""
 )
+#: What the native integer decode into bf16 leaves out; the epilogue multiplies the float32 sum by it, which is exact.
+INT4_DEFERRED = tl.constexpr(4.0)
 #: E2M1 in bf16: sign to bit 15, the three magnitude bits to 8..6 (two exponent bits, one mantissa bit) gives the value
 #: times 2^-126, the half included because bf16 products honour subnormals. ``packing.TWIDDLE`` places the bits so that
-#: three of the four codes need one shift and one AND. $5..$12 are the scales (times 2^117) of the two elements for each
-#: code position, each scale in both halves of its register.
+#: three of the four codes need one shift and one AND. $5 has the scales of code positions 0 and 1 in its halves (times
+#: 2^117), $7 those of 2 and 3, which a two-lane product takes from either half. $6 and $8 are those of the second
+#: element, which stands in the same group of 16 columns: the same registers, as the ahead-of-time gate reads in the
+#: comment that they are named in.
 _E2M1_BF16 = tl.constexpr(
     """{
     .reg .b32 t1, t2, t3, t4, t5, f0, f1, f2, f3;
-    prmt.b32 f0, $5, $6, 0x7610;
-    prmt.b32 f1, $7, $8, 0x7610;
-    prmt.b32 f2, $9, $10, 0x7610;
-    prmt.b32 f3, $11, $12, 0x7610;
+    .reg .b16 l, h;
+    // shared: $5 $6, $7 $8
+    mov.b32 {l, h}, $5;
+    mov.b32 f0, {l, l};
+    mov.b32 f1, {h, h};
+    mov.b32 {l, h}, $7;
+    mov.b32 f2, {l, l};
+    mov.b32 f3, {h, h};
     shl.b32 t1, $4, 3;
     shl.b32 t2, $4, 6;
     shr.u32 t3, $4, 4;
@@ -87,10 +97,14 @@ _E2M1_BF16 = tl.constexpr(
 _E2M1_FP16 = tl.constexpr(
     """{
     .reg .b32 t0, t1, t2, s0, s1, s2, z, f0, f1, f2, f3;
-    prmt.b32 f0, $5, $6, 0x7610;
-    prmt.b32 f1, $7, $8, 0x7610;
-    prmt.b32 f2, $9, $10, 0x7610;
-    prmt.b32 f3, $11, $12, 0x7610;
+    .reg .b16 l, h;
+    // shared: $5 $6, $7 $8
+    mov.b32 {l, h}, $5;
+    mov.b32 f0, {l, l};
+    mov.b32 f1, {h, h};
+    mov.b32 {l, h}, $7;
+    mov.b32 f2, {l, l};
+    mov.b32 f3, {h, h};
     shl.b32 s0, $4, 12;
     shl.b32 s1, $4, 8;
     shl.b32 s2, $4, 4;
@@ -171,61 +185,50 @@ def int4_operands(packed_i16, X: tl.constexpr, NATIVE: tl.constexpr):
     return a, b, c, d
 
 
-#: Four E4M3 bytes of a word -> four registers holding the scale twice, times 2^117 (bf16): the exponent is rebiased by
-#: an integer addition, right for normal scales, which is what encoders with a scale floor of 2^-6 write.
+#: Four E4M3 bytes of a word -> scales 0 and 1 in the halves of a register, 2 and 3 in those of another, times 2^117
+#: (bf16): the exponent is rebiased by an integer addition, right for normal scales, which is what encoders with a scale
+#: floor of 2^-6 write.
 _SCALES_BF16 = tl.constexpr(
     """{
-    .reg .b32 b0, b1, b2, b3;
-    prmt.b32 b0, $4, 0, 0x4440;
-    prmt.b32 b1, $4, 0, 0x4441;
-    prmt.b32 b2, $4, 0, 0x4442;
-    prmt.b32 b3, $4, 0, 0x4443;
-    mad.lo.u32 $0, b0, 0x00100010, 0x76807680;
-    mad.lo.u32 $1, b1, 0x00100010, 0x76807680;
-    mad.lo.u32 $2, b2, 0x00100010, 0x76807680;
-    mad.lo.u32 $3, b3, 0x00100010, 0x76807680;
+    .reg .b32 a, b;
+    prmt.b32 a, $2, 0, 0x4140;
+    prmt.b32 b, $2, 0, 0x4342;
+    mad.lo.u32 $0, a, 0x00000010, 0x76807680;
+    mad.lo.u32 $1, b, 0x00000010, 0x76807680;
     }"""
 )
 #: The same for fp16, times 2^5.
 _SCALES_FP16 = tl.constexpr(
     """{
-    .reg .b32 b0, b1, b2, b3;
-    prmt.b32 b0, $4, 0, 0x4440;
-    prmt.b32 b1, $4, 0, 0x4441;
-    prmt.b32 b2, $4, 0, 0x4442;
-    prmt.b32 b3, $4, 0, 0x4443;
-    mad.lo.u32 $0, b0, 0x00800080, 0x34003400;
-    mad.lo.u32 $1, b1, 0x00800080, 0x34003400;
-    mad.lo.u32 $2, b2, 0x00800080, 0x34003400;
-    mad.lo.u32 $3, b3, 0x00800080, 0x34003400;
+    .reg .b32 a, b;
+    prmt.b32 a, $2, 0, 0x4140;
+    prmt.b32 b, $2, 0, 0x4342;
+    mad.lo.u32 $0, a, 0x00000080, 0x34003400;
+    mad.lo.u32 $1, b, 0x00000080, 0x34003400;
     }"""
 )
 
 
 @triton.jit
 def _any_scale(bits, X: tl.constexpr):
-    """E4M3 byte (int32) -> int32 with the scale times 2^117 (bf16) or 2^5 (fp16) in both halves; subnormal ones too."""
+    """E4M3 byte (int32), also subnormal -> the scale times 2^117 (bf16) or 2^5 (fp16) in an int32's lower half."""
     value = (bits << 20).to(tl.float32, bitcast=True) * 1329227995784915872903807060280344576.0  # 2^120
     if X == "bf16":
         half = (value * 166153499473114484112975882535043072.0).to(tl.bfloat16).to(tl.int16, bitcast=True)
     else:
         half = (value * 32.0).to(tl.float16).to(tl.int16, bitcast=True)
-    return (half.to(tl.int32) & 0xFFFF) * 0x00010001
+    return half.to(tl.int32) & 0xFFFF
 
 
-#: Four E8M0 bytes of a word -> four registers holding 2^(byte - 1) twice: what brings an E2M1 code's bits, which as
-#: bf16 are the value times 2^-126, to value x 2^(byte - 127). Right for bytes 0 to 128 (``packing.E8M0_NARROW_MAX``).
+#: Four E8M0 bytes of a word -> 2^(byte - 1), two to a register: what brings an E2M1 code's bits, which as bf16 are the
+#: value times 2^-126, to value x 2^(byte - 127). Right for bytes 0 to 128 (``packing.E8M0_NARROW_MAX``).
 _E8M0_BF16 = tl.constexpr(
     """{
-    .reg .b32 b0, b1, b2, b3;
-    prmt.b32 b0, $4, 0, 0x4440;
-    prmt.b32 b1, $4, 0, 0x4441;
-    prmt.b32 b2, $4, 0, 0x4442;
-    prmt.b32 b3, $4, 0, 0x4443;
-    mad.lo.u32 $0, b0, 0x00800080, 0x3F003F00;
-    mad.lo.u32 $1, b1, 0x00800080, 0x3F003F00;
-    mad.lo.u32 $2, b2, 0x00800080, 0x3F003F00;
-    mad.lo.u32 $3, b3, 0x00800080, 0x3F003F00;
+    .reg .b32 a, b;
+    prmt.b32 a, $2, 0, 0x4140;
+    prmt.b32 b, $2, 0, 0x4342;
+    mad.lo.u32 $0, a, 0x00000080, 0x3F003F00;
+    mad.lo.u32 $1, b, 0x00000080, 0x3F003F00;
     }"""
 )
 #: 2^126 in bf16 and 2^14 in fp16, twice: E2M1 operands without a scale.
@@ -244,10 +247,10 @@ def e2m1_scales(
     word_i32, ROWS: tl.constexpr, BKW: tl.constexpr, COLUMNS: tl.constexpr, FORMAT: tl.constexpr, X: tl.constexpr,
     NATIVE: tl.constexpr, SMALL_SCALES: tl.constexpr,
 ):  # fmt: skip
-    """Scale words [ROWS, BKW/COLUMNS] -> for each code position a tensor [ROWS, BKW].
+    """Scale words [ROWS, BKW/COLUMNS] -> tensors [ROWS, BKW]: for each code position its scale as float32, or
 
-    NATIVE: int32 holding the scale twice, nvfp4's times 2^117 (bf16) or 2^5 (fp16), mxfp4's (bf16 only) times 2^126;
-    SMALL_SCALES takes zero and subnormal E4M3 scales too, more slowly. Else float32.
+    NATIVE: int32 holding the scales of positions 0 and 1, and of 2 and 3 (both twice), nvfp4's times 2^117 (bf16) or
+    2^5 (fp16), mxfp4's (bf16 only) times 2^126; SMALL_SCALES takes zero and subnormal E4M3 scales too, more slowly.
 
     Made of views, broadcasts and elementwise operations on a load, without index arithmetic: then the compiler moves
     the whole decode into the register layout of the matrix operand, instead of passing decoded weights through shared
@@ -255,37 +258,21 @@ def e2m1_scales(
     """
     if NATIVE:
         if FORMAT == "mxfp4":
-            a, b, c, d = tl.inline_asm_elementwise(
-                _E8M0_BF16,
-                "=&r,=&r,=&r,=&r,r",
-                [word_i32],
-                dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-                is_pure=True,
-                pack=1,
+            a, b = tl.inline_asm_elementwise(
+                _E8M0_BF16, "=&r,=&r,r", [word_i32], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
             )
         elif SMALL_SCALES:
-            a = _any_scale(word_i32 & 0xFF, X)
-            b = _any_scale((word_i32 >> 8) & 0xFF, X)
-            c = _any_scale((word_i32 >> 16) & 0xFF, X)
-            d = _any_scale((word_i32 >> 24) & 0xFF, X)
+            a = _any_scale(word_i32 & 0xFF, X) | (_any_scale((word_i32 >> 8) & 0xFF, X) << 16)
+            b = _any_scale((word_i32 >> 16) & 0xFF, X) | (_any_scale((word_i32 >> 24) & 0xFF, X) << 16)
         elif X == "bf16":
-            a, b, c, d = tl.inline_asm_elementwise(
-                _SCALES_BF16,
-                "=&r,=&r,=&r,=&r,r",
-                [word_i32],
-                dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-                is_pure=True,
-                pack=1,
+            a, b = tl.inline_asm_elementwise(
+                _SCALES_BF16, "=&r,=&r,r", [word_i32], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
             )
         else:
-            a, b, c, d = tl.inline_asm_elementwise(
-                _SCALES_FP16,
-                "=&r,=&r,=&r,=&r,r",
-                [word_i32],
-                dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-                is_pure=True,
-                pack=1,
+            a, b = tl.inline_asm_elementwise(
+                _SCALES_FP16, "=&r,=&r,r", [word_i32], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
             )
+        c, d = a, b
     elif FORMAT == "mxfp4":
         a = e8m0_value(word_i32 & 0xFF)
         b = e8m0_value((word_i32 >> 8) & 0xFF)
@@ -314,7 +301,7 @@ def e2m1_unscaled(packed_i16, X: tl.constexpr, NATIVE: tl.constexpr, TWIDDLED: t
 
 @triton.jit
 def e2m1_operands(packed_i16, f0, f1, f2, f3, X: tl.constexpr, NATIVE: tl.constexpr, TWIDDLED: tl.constexpr):
-    """Packed int16 and the spread scales of each code position -> four tensors of E2M1 x scale, exact in x's dtype.
+    """Packed int16 and what ``e2m1_scales`` gives -> four tensors of E2M1 x scale, exact in x's dtype.
 
     NATIVE: nvfp4's are 2^-9 of it, see E2M1_DEFERRED.
     """
@@ -322,8 +309,8 @@ def e2m1_operands(packed_i16, f0, f1, f2, f3, X: tl.constexpr, NATIVE: tl.conste
         if X == "bf16":
             a, b, c, d = tl.inline_asm_elementwise(
                 _E2M1_BF16,
-                "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
-                [packed_i16, f0, f1, f2, f3],
+                "=&r,=&r,=&r,=&r,r,r,r,r,r",
+                [packed_i16, f0, f1],
                 dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
                 is_pure=True,
                 pack=2,
@@ -331,8 +318,8 @@ def e2m1_operands(packed_i16, f0, f1, f2, f3, X: tl.constexpr, NATIVE: tl.conste
         else:
             a, b, c, d = tl.inline_asm_elementwise(
                 _E2M1_FP16,
-                "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
-                [packed_i16, f0, f1, f2, f3],
+                "=&r,=&r,=&r,=&r,r,r,r,r,r",
+                [packed_i16, f0, f1],
                 dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
                 is_pure=True,
                 pack=2,

@@ -13,7 +13,14 @@ from typing import Any
 
 from vbench.backend import Device, Kernel, Launch, refuse_beyond
 from vbench.errors import Unsupported
-from vbench.kernels.triton.attention_tiles import INTERPRETED, Tile, choose, heads_per_group, padded_head_dim
+from vbench.kernels.triton.attention_tiles import (
+    INTERPRETED,
+    L2_WORKING_SET_BYTES,
+    Tile,
+    choose,
+    heads_per_group,
+    padded_head_dim,
+)
 from vbench.spec import TORCH_DTYPE_NAMES, Case, Numerics
 
 VARIANTS = ("", "gluon")
@@ -201,6 +208,8 @@ class PlainForward:
     numerics: Numerics
     produces: tuple[str, ...] = ("out", "lse")
     deterministic: bool = True
+    #: Tile and path follow from lengths, head dim, mask and strides, not from the number of heads or batch elements.
+    batch_invariant: bool = True
 
     def plan(self, k: Any, v: Any) -> tuple[Tile, bool]:
         """The tile, and whether K and V come through tensor descriptors."""
@@ -229,8 +238,15 @@ class PlainForward:
         tile, descriptors = self.plan(inputs["k"], inputs["v"])
         return self.bind_tile(inputs, out, tile, descriptors)
 
-    def bind_tile(self, inputs: Mapping[str, Any], out: Mapping[str, Any], tile: Tile, descriptors: bool) -> Launch:
-        """As ``bind``, with a tile of the caller's choice (the tuner's)."""
+    def bind_tile(
+        self,
+        inputs: Mapping[str, Any],
+        out: Mapping[str, Any],
+        tile: Tile,
+        descriptors: bool,
+        l2_bytes: int = L2_WORKING_SET_BYTES,
+    ) -> Launch:
+        """As ``bind``, with a tile, and heads walked together, of the caller's choice (the tuner's)."""
         from vbench.kernels.triton.attention_forward import attention_forward
 
         shape = self.shape
@@ -241,7 +257,7 @@ class PlainForward:
         heads = shape.b * shape.hq
         per_kv = shape.hq // shape.hk
         grid = (heads * -(-shape.sq // tile.block_m),)
-        group = heads_per_group(heads, per_kv, shape.sk, shape.d, q.element_size())
+        group = heads_per_group(heads, per_kv, shape.sk, shape.d, q.element_size(), l2_bytes)
         sizes = (shape.hq, per_kv, shape.sq, shape.sk, shape.above, shape.below, heads, group)
         strides = (*q.stride(), *k.stride(), *v.stride(), *out_tensor.stride(), *lse.stride())
         arguments = (q, k_source, v_source, out_tensor, lse, shape.tanh_scale, shape.cap_exponent, *sizes, *strides)

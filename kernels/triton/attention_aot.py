@@ -70,6 +70,8 @@ def _compile_gluon(dtype: str, d: int, tile: GluonTile, causal: bool) -> Cubin:
         "WORKERS": tile.workers,
         "WORKER_REGISTERS": tile.registers,
         "ROUND_EARLY": tile.round_early,
+        "POLYNOMIAL": tile.polynomial,
+        "KEEP_PEAK": tile.keep_peak,
         "CAUSAL": causal,
     }
     types = {"lse_ptr": "*fp32", "exponent_scale": "fp32"}
@@ -113,6 +115,7 @@ def plain(
 def gluon(dtype: str, d: int, tile: GluonTile, *, causal: bool, effort: Effort = "standard") -> Configuration:
     """The Gluon kernel with one tile: loads by the copy engine, registers moved from the producer to the consumers."""
     full = d == 128 or tile.workers == 3
+    levers = {"polynomial": tile.polynomial, "keep_peak": int(tile.keep_peak)}
     return Configuration(
         op="attention",
         kernel="attention_forward_hopper",
@@ -127,6 +130,7 @@ def gluon(dtype: str, d: int, tile: GluonTile, *, causal: bool, effort: Effort =
             "registers": tile.registers,
             "round_early": int(tile.round_early),
             "causal": int(causal),
+            **{name: value for name, value in levers.items() if value},
         },
         compile=partial(_compile_gluon, dtype, d, tile, causal),
         instructions=("UTMALDG", "USETMAXREG"),

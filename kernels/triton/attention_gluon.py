@@ -33,6 +33,47 @@ TILE_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_
 SCALAR = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 SCALAR_MEMORY = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 LN2 = gl.constexpr(0.6931471805599453)
+#: KEEP_PEAK: how far scores may grow beyond the peak before it moves, in powers of two. Weights stay below 2^8, which
+#: 16-bit floats hold and float32 sums of 2^31 of them too.
+PEAK_SLACK = gl.constexpr(8.0)
+#: 1.5 * 2^23: added to a float32 below 2^22, it leaves the nearest integer in the low bits.
+ROUNDER = gl.constexpr(12582912.0)
+#: 2^x on [-1/2, 1/2] is POWER_0 + POWER_1 x + ...: least relative error at 2000 Chebyshev nodes (Lawson's iteration).
+POWER_0 = gl.constexpr(1.0000001192092896)
+POWER_1 = gl.constexpr(0.6931469440460205)
+POWER_2 = gl.constexpr(0.24022120237350464)
+POWER_3 = gl.constexpr(0.05550713092088699)
+POWER_4 = gl.constexpr(0.009675540961325169)
+POWER_5 = gl.constexpr(0.001327647129073739)
+
+#: Flag of two rows of a thread: 1 in the whole warp if the factor of any of its rows is not 1.
+_ANY_ROW = gl.constexpr(
+    """{ .reg .pred p;
+    setp.neu.f32 p, $2, 0f3F800000;
+    setp.neu.or.f32 p, $3, 0f3F800000, p;
+    vote.sync.any.pred p, p, 0xffffffff;
+    selp.s32 $0, 1, 0, p;
+    selp.s32 $1, 1, 0, p; }"""
+)
+
+
+def _scale_text(count: int) -> str:
+    """PTX: ``count`` values times their factors where the first flag is not 0, else untouched, behind one branch."""
+    moves = "".join(f"mov.f32 ${i}, ${count + i};" for i in range(count))
+    products = "".join(f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count))
+    skip = f"setp.eq.s32 p, ${3 * count}, 0; @p bra.uni DONE;"
+    return "{ .reg .pred p;" + moves + skip + products + "DONE: }"
+
+
+def _scale_constraints(count: int) -> str:
+    return ",".join(["=f"] * count + ["f"] * (2 * count) + ["r"] * count)
+
+
+#: An accumulator of 64 rows: half its columns are a thread's.
+_SCALE_32 = gl.constexpr(_scale_text(32))
+_SCALE_32_CONSTRAINTS = gl.constexpr(_scale_constraints(32))
+_SCALE_64 = gl.constexpr(_scale_text(64))
+_SCALE_64_CONSTRAINTS = gl.constexpr(_scale_constraints(64))
 
 #: Sizes that only count. Specialising on them would compile the kernel anew for each length and head count.
 COUNTS = ["hq", "heads_per_kv", "sq", "sk", "shift", "heads", "heads_per_group", "stride_lb", "stride_lh"]
@@ -132,8 +173,54 @@ def _produce(
 
 
 @gluon.jit
-def _softmax(s, peak, total, block, visible_until, exponent_scale, MASKED: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Scores of one block -> (weights fp32, peak, total, factor for what was summed before)."""
+def _exp2_by_fma(x):
+    """2^x for x <= 8 without the exponential unit: an integer's power, which moves the exponent, times that of a
+    rest in [-1/2, 1/2], a polynomial of degree 5 (relative error 2^-23.6 before rounding). Below 2^-125 everything is
+    2^-125, so masked scores must not come here.
+    """
+    x = gl.maximum(x, -125.0)
+    shifted = x + ROUNDER
+    rest = x - (shifted - ROUNDER)
+    power = rest * POWER_5 + POWER_4
+    power = power * rest + POWER_3
+    power = power * rest + POWER_2
+    power = power * rest + POWER_1
+    power = power * rest + POWER_0
+    return (power.to(gl.int32, bitcast=True) + (shifted.to(gl.int32, bitcast=True) << 23)).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _rescale(acc, factor, KEEP_PEAK: gl.constexpr, D: gl.constexpr, O_LAYOUT: gl.constexpr):
+    """``acc`` times a factor a row; with KEEP_PEAK a warp whose factors are all 1 branches around the products."""
+    rows: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    if KEEP_PEAK:
+        # Of all rows of a warp and written to both rows of a thread, so that any of the flags stands for all of them.
+        flag = gl.inline_asm_elementwise(_ANY_ROW, "=r,=r,f,f", [factor], dtype=gl.int32, is_pure=True, pack=2)
+        factor = gl.convert_layout(factor, rows)[:, None]
+        flag = gl.convert_layout(flag, rows)[:, None]
+        if D == 128:
+            acc = gl.inline_asm_elementwise(
+                _SCALE_64, _SCALE_64_CONSTRAINTS, [acc, factor, flag], dtype=gl.float32, is_pure=True, pack=64
+            )
+        else:
+            acc = gl.inline_asm_elementwise(
+                _SCALE_32, _SCALE_32_CONSTRAINTS, [acc, factor, flag], dtype=gl.float32, is_pure=True, pack=32
+            )
+    else:
+        acc = acc * gl.convert_layout(factor, rows)[:, None]
+    return acc
+
+
+@gluon.jit
+def _softmax(
+    s, peak, total, block, visible_until, exponent_scale,
+    MASKED: gl.constexpr, BLOCK_N: gl.constexpr, POLYNOMIAL: gl.constexpr, KEEP_PEAK: gl.constexpr,
+):  # fmt: skip
+    """Scores of one block -> (weights fp32, peak, total, factor for what was summed before).
+
+    POLYNOMIAL: of eight groups of 8 columns, in how many the weights of an unmasked block come from ``_exp2_by_fma``.
+    KEEP_PEAK: the peak moves only where a score exceeds it by PEAK_SLACK (FlashAttention-4): most factors are then 1.
+    """
     layout: gl.constexpr = s.type.layout
     if MASKED:
         # column < limit, written so that the left side is a compile-time constant of each register (a thread holds the
@@ -142,9 +229,16 @@ def _softmax(s, peak, total, block, visible_until, exponent_scale, MASKED: gl.co
         limit = (visible_until - block * BLOCK_N)[:, None] - (columns & 7)[None, :]
         s = gl.where((columns & -8)[None, :] < limit, s, -float("inf"))
     new_peak = gl.maximum(peak, gl.max(s, axis=1) * exponent_scale)
+    if KEEP_PEAK:
+        new_peak = gl.where(new_peak > peak + PEAK_SLACK, new_peak, peak)
     # A row that has seen no key yet has peak -inf; subtracting it would make NaN of -inf - -inf.
     base = gl.where(new_peak == -float("inf"), 0.0, new_peak) if MASKED else new_peak
-    p = gl.exp2(s * exponent_scale - base[:, None])
+    exponents = s * exponent_scale - base[:, None]
+    p = gl.exp2(exponents)
+    if POLYNOMIAL > 0 and not MASKED:
+        # Which columns is known of each register when the kernel is compiled; what is not chosen is never computed.
+        group = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout)) // 8
+        p = gl.where((group % 8 < POLYNOMIAL)[None, :], _exp2_by_fma(exponents), p)
     rescale = gl.exp2(peak - base)
     total = total * rescale + gl.sum(p, axis=1)
     return p, new_peak, total, rescale
@@ -156,6 +250,7 @@ def _step(
     p, rescale, acc, peak, total, visible_until, exponent_scale,
     MASKED: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, ROUND_EARLY: gl.constexpr,
+    POLYNOMIAL: gl.constexpr, KEEP_PEAK: gl.constexpr,
 ):  # fmt: skip
     """Issue QK(step) and PV(step - 1); softmax of step under the latter.
 
@@ -174,7 +269,7 @@ def _step(
     s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
     # The accumulator is rescaled here, under QK, and not where the factor is known: QK is in flight that much earlier.
     if not ROUND_EARLY:
-        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT))[:, None]
+        acc = _rescale(acc, rescale, KEEP_PEAK, D, O_LAYOUT)
     mbarrier.wait(v_full.index(v_stage), (v_count // STAGES) & 1)
     v = v_smem.index(v_stage)._reinterpret(v_smem.dtype, [BLOCK_N, D], TILE_LAYOUT)
     acc = warpgroup_mma(weights, v, acc, is_async=True)
@@ -184,7 +279,7 @@ def _step(
     if step == blocks - 1:
         mbarrier.arrive(q_empty, count=1)
     p, peak, total, rescale = _softmax(
-        s, peak, total, blocks - 1 - step, visible_until, exponent_scale, MASKED, BLOCK_N
+        s, peak, total, blocks - 1 - step, visible_until, exponent_scale, MASKED, BLOCK_N, POLYNOMIAL, KEEP_PEAK
     )
     # ptxas sees no dependency between the softmax and the wait and, left alone, hoists the wait above the exponentials,
     # which would leave the tensor core idle under them. This second wait for V is over at once, but its spin loop ends
@@ -194,7 +289,7 @@ def _step(
     mbarrier.arrive(v_empty.index(v_stage), count=1)
     if ROUND_EARLY:
         p = gl.convert_layout(p.to(v_smem.dtype), P_LAYOUT)
-        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT))[:, None]
+        acc = _rescale(acc, rescale, KEEP_PEAK, D, O_LAYOUT)
     return p, rescale, acc, peak, total
 
 
@@ -233,7 +328,7 @@ def _consume(
     where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
     CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WORKERS: gl.constexpr, D: gl.constexpr,
-    ROUND_EARLY: gl.constexpr, WORKER: gl.constexpr,
+    ROUND_EARLY: gl.constexpr, POLYNOMIAL: gl.constexpr, KEEP_PEAK: gl.constexpr, WORKER: gl.constexpr,
 ):  # fmt: skip
     """One consumer warpgroup: 64 query rows of each of the program's tiles."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -269,7 +364,9 @@ def _consume(
         masked = gl.maximum(blocks - whole, 1)
         peak = gl.full([WORKER_ROWS], -float("inf"), gl.float32, ROW_LAYOUT)
         total = gl.zeros([WORKER_ROWS], gl.float32, ROW_LAYOUT)
-        p, peak, total, rescale = _softmax(s, peak, total, blocks - 1, visible_until, exponent_scale, True, BLOCK_N)
+        p, peak, total, rescale = _softmax(
+            s, peak, total, blocks - 1, visible_until, exponent_scale, True, BLOCK_N, POLYNOMIAL, KEEP_PEAK
+        )
         if ROUND_EARLY:
             p = gl.convert_layout(p.to(v_smem.dtype), P_LAYOUT)
         acc = gl.zeros([WORKER_ROWS, D], gl.float32, O_LAYOUT)
@@ -277,13 +374,13 @@ def _consume(
             p, rescale, acc, peak, total = _step(
                 step, blocks, count, q, k_smem, v_smem, q_empty.index(WORKER), k_full, k_empty, v_full, v_empty,
                 p, rescale, acc, peak, total, visible_until, exponent_scale,
-                True, BLOCK_N, D, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT, ROUND_EARLY,
+                True, BLOCK_N, D, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT, ROUND_EARLY, POLYNOMIAL, KEEP_PEAK,
             )  # fmt: skip
         for step in range(masked, blocks):
             p, rescale, acc, peak, total = _step(
                 step, blocks, count, q, k_smem, v_smem, q_empty.index(WORKER), k_full, k_empty, v_full, v_empty,
                 p, rescale, acc, peak, total, visible_until, exponent_scale,
-                False, BLOCK_N, D, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT, ROUND_EARLY,
+                False, BLOCK_N, D, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT, ROUND_EARLY, POLYNOMIAL, KEEP_PEAK,
             )  # fmt: skip
         count += blocks
         v_stage = (count - 1) % STAGES
@@ -291,7 +388,7 @@ def _consume(
             weights = p
         else:
             weights = gl.convert_layout(p.to(v_smem.dtype), P_LAYOUT)
-            acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT))[:, None]
+            acc = _rescale(acc, rescale, KEEP_PEAK, D, O_LAYOUT)
         mbarrier.wait(v_full.index(v_stage), ((count - 1) // STAGES) & 1)
         v = v_smem.index(v_stage)._reinterpret(v_smem.dtype, [BLOCK_N, D], TILE_LAYOUT)
         acc = warpgroup_mma(weights, v, acc, is_async=True)
@@ -316,7 +413,8 @@ def attention_forward_hopper(
     q_desc, k_desc, v_desc, o_desc, lse_ptr,
     exponent_scale, hq, heads_per_kv, sq, sk, shift, heads, heads_per_group, stride_lb, stride_lh,
     D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WORKERS: gl.constexpr,
-    WORKER_REGISTERS: gl.constexpr, ROUND_EARLY: gl.constexpr, CAUSAL: gl.constexpr,
+    WORKER_REGISTERS: gl.constexpr, ROUND_EARLY: gl.constexpr, POLYNOMIAL: gl.constexpr, KEEP_PEAK: gl.constexpr,
+    CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """out and lse of op ``attention``.
 
@@ -359,13 +457,13 @@ def attention_forward_hopper(
                 o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem,
                 where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
-                CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, 0,
+                CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, POLYNOMIAL, KEEP_PEAK, 0,
             )),
             (_consume, (
                 o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem,
                 where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
-                CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, 1,
+                CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, POLYNOMIAL, KEEP_PEAK, 1,
             )),
         ], [4, 4], [WORKER_REGISTERS, WORKER_REGISTERS])  # fmt: skip
     else:
@@ -380,18 +478,18 @@ def attention_forward_hopper(
                 o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem,
                 where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
-                CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, 0,
+                CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, POLYNOMIAL, KEEP_PEAK, 0,
             )),
             (_consume, (
                 o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem,
                 where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
-                CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, 1,
+                CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, POLYNOMIAL, KEEP_PEAK, 1,
             )),
             (_consume, (
                 o_desc, lse_ptr, q_smem, k_smem, v_smem, o_smem,
                 where, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 exponent_scale, sq, sk, shift, heads, stride_lb, stride_lh,
-                CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, 2,
+                CAUSAL, BLOCK_N, STAGES, WORKERS, D, ROUND_EARLY, POLYNOMIAL, KEEP_PEAK, 2,
             )),
         ], [4, 4, 4], [WORKER_REGISTERS, WORKER_REGISTERS, WORKER_REGISTERS])  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 from vbench.backend import Device, Launch
 from vbench.errors import Unsupported
 from vbench.kernels.triton.attention import Shape, check_tensors, descriptor_strides, takes_descriptor
-from vbench.kernels.triton.attention_tiles import GluonTile, choose_gluon, heads_per_group
+from vbench.kernels.triton.attention_tiles import GluonTile, Order, choose_gluon, heads_per_group
 from vbench.spec import Numerics
 
 #: Gluon is experimental and its names move: 3.9 removed ``tma.async_copy_global_to_shared``. Compiled with these two.
@@ -28,6 +28,8 @@ class GluonForward:
     numerics: Numerics
     produces: tuple[str, ...] = ("out", "lse")
     deterministic: bool = True
+    #: Tile and path follow from lengths, head dim, mask and strides, not from the number of heads or batch elements.
+    batch_invariant: bool = True
 
     def bind(self, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> Launch:
         """Bind q, k, v to a launch that writes ``out`` and ``lse``.
@@ -39,8 +41,11 @@ class GluonForward:
         tile = choose_gluon(self.shape.d, self.shape.sk, causal=self.shape.causal != "none")
         return self.bind_tile(inputs, out, tile)
 
-    def bind_tile(self, inputs: Mapping[str, Any], out: Mapping[str, Any], tile: GluonTile) -> Launch:
-        """As ``bind``, with a tile of the caller's choice (the tuner's)."""
+    def bind_tile(
+        self, inputs: Mapping[str, Any], out: Mapping[str, Any], tile: GluonTile, order: Order | None = None
+    ) -> Launch:
+        """As ``bind``, with a tile and an order of the caller's choice (the tuner's)."""
+        order = order or Order()
         check_tensors(self.shape, inputs, out, "cuda")
         q, k, v, out_tensor, lse = inputs["q"], inputs["k"], inputs["v"], out["out"], out["lse"]
         for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out_tensor)):
@@ -68,8 +73,8 @@ class GluonForward:
         heads = shape.b * shape.hq
         per_kv = shape.hq // shape.hk
         tiles = heads * -(-shape.sq // (tile.workers * WORKER_ROWS))
-        grid = (min(self.processors, tiles),)
-        group = heads_per_group(heads, per_kv, shape.sk, shape.d, q.element_size())
+        grid = (order.programs(tiles, self.processors),)
+        group = heads_per_group(heads, per_kv, shape.sk, shape.d, q.element_size(), order.l2_bytes)
         descriptors = (
             describe(q, WORKER_ROWS),
             describe(k, tile.block_n),
@@ -85,6 +90,8 @@ class GluonForward:
             "WORKERS": tile.workers,
             "WORKER_REGISTERS": tile.registers,
             "ROUND_EARLY": tile.round_early,
+            "POLYNOMIAL": tile.polynomial,
+            "KEEP_PEAK": tile.keep_peak,
             "CAUSAL": shape.causal != "none",
             "num_warps": 4,
         }

@@ -38,6 +38,7 @@ class GluonTile:
         workers: consumer warpgroups of 64 query rows each, 2 or 3.
         registers: of a consumer thread. With the producer's, a block's must fit 65536: 2 x 240 or 3 x 160.
         round_early: see ``attention_gluon._step``.
+        polynomial, keep_peak: see ``attention_gluon._softmax``.
     """
 
     block_n: int
@@ -45,6 +46,27 @@ class GluonTile:
     workers: int
     registers: int
     round_early: bool
+    polynomial: int = 0
+    keep_peak: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """In which order the Gluon kernel's programs take the tiles. It moves no bit of the result.
+
+    Args:
+        l2_bytes: K and V of the heads walked together, at most (one K/V head's worth at least).
+        even_grid: only so many programs as need the same number of rounds, instead of one a multiprocessor. For masks
+            whose tiles are equally long: 2048 tiles take 132 programs 16 rounds, and 128 as well.
+    """
+
+    l2_bytes: int = L2_WORKING_SET_BYTES
+    even_grid: bool = False
+
+    def programs(self, tiles: int, processors: int) -> int:
+        """Programs of a persistent grid over ``tiles`` tiles, at least 1."""
+        rounds = -(-tiles // processors)
+        return -(-tiles // rounds) if self.even_grid else min(tiles, processors)
 
 
 def padded_head_dim(d: int) -> int:
@@ -150,8 +172,10 @@ def gluon_tiles(d: int, *, causal: bool) -> list[GluonTile]:
     return list(dict.fromkeys(choose_gluon(d, sk, causal=causal) for sk in (1, _LONG_GLUON)))
 
 
-def heads_per_group(heads: int, heads_per_kv: int, sk: int, d: int, itemsize: int) -> int:
-    """Query heads walked together so that their K and V fit the L2 cache; at least one K/V head's worth."""
+def heads_per_group(
+    heads: int, heads_per_kv: int, sk: int, d: int, itemsize: int, l2_bytes: int = L2_WORKING_SET_BYTES
+) -> int:
+    """Query heads walked together so that their K and V fit ``l2_bytes`` of cache; at least one K/V head's worth."""
     kv_head_bytes = 2 * sk * d * itemsize
-    kv_heads = max(1, L2_WORKING_SET_BYTES // kv_head_bytes)
+    kv_heads = max(1, l2_bytes // kv_head_bytes)
     return min(heads, kv_heads * heads_per_kv)

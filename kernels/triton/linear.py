@@ -28,6 +28,7 @@ from vbench.kernels.triton.packing import (
     Order,
     PackedWeight,
     check_weight,
+    has_far_scales,
     has_wide_scales,
     pack_weight,
 )
@@ -286,9 +287,10 @@ class LinearKernel:
         x, y, bias = inputs["x"], out["y"], inputs.get("bias") if self.has_bias else None
         wide = needs_wide(self.fmt, self.x) or has_wide_scales(inputs["scale"])
         gluon = self.plan.path in ("gluon", "stationary")
-        if (wide and not self.plan.wide) or (gluon and not linear_gluon_host.takes_tensors(inputs, x, y)):
+        far = self.plan.scaled and has_far_scales(inputs["scale"])
+        if (wide and not self.plan.wide) or far or (gluon and not linear_gluon_host.takes_tensors(inputs, x, y)):
             # An explicit rule, not a fallback on failure: the copy engine needs aligned rows, the fast scale decode
-            # normal scales, and an operand has not the range of all E8M0 scales. ``plan`` says what was taken.
+            # normal scales, and an operand has not the range of all scales. ``plan`` says what was taken.
             plan = choose_plan(
                 self.m, self.n, self.k, self.fmt, self.x, self.act, self.device, wide=wide, bias=self.has_bias
             )

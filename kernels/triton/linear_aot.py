@@ -45,16 +45,33 @@ DECODER_SPILL = (8, "one address, put aside once, outside any loop; tuned on sm_
 _AT_LEAST_ONE = (1.0, math.inf)
 
 
+def unshared_scales(ptx: str) -> int:
+    """Pairs of registers in the decoders' ``shared`` comments that are two different ones."""
+    comments = re.findall(r"// shared: (.*)", ptx)
+    pairs = [pair.split() for comment in comments for pair in comment.split(",")]
+    return sum(first != second for first, second in pairs)
+
+
+def wgmma_from_memory(ptx: str) -> int:
+    """Warp-group products whose left operand is a descriptor of shared memory, not registers (PTX ISA, wgmma)."""
+    lefts = re.findall(r"wgmma\.mma_async\S*\s+\{[^}]*\},\s*(\S)", ptx)
+    return sum(left != "{" for left in lefts)
+
+
 def _ptx_figures(compiled: Any) -> dict[str, float]:
     """What decides about speed or exactness and is not in the machine code.
 
-    Layout conversions in the loop (trips through shared memory), the widest asynchronous copy, kinds of division.
+    Layout conversions in the loop (trips through shared memory), the widest asynchronous copy, kinds of division,
+    pairs of elements that a decoder takes to share a scale though they do not, and warp-group products whose decoded
+    weights come from shared memory.
     """
     ir, ptx = compiled.asm["ttgir"], compiled.asm["ptx"]
     loop = ir[ir.find("scf.for") : ir.rfind("scf.yield")]
     widths = [int(w, 16) for w in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, 0x([0-9a-f]+)", ptx)]
     return {
         "conversions_in_loop": loop.count("convert_layout"),
+        "unshared_scales": unshared_scales(ptx),
+        "weights_from_memory": wgmma_from_memory(ptx),
         "widest_copy_bytes": max(widths, default=0),
         "ieee_divisions": ptx.count("div.rn.f32"),
         "approximate_divisions": ptx.count("div.full.f32") + ptx.count("div.approx"),
@@ -187,6 +204,7 @@ def fused(plan: Plan, fmt: str, x: str, arch: int, effort: Effort = "standard") 
     Hopper where a tile has 16 tokens and whole warp groups."""
     unit: Unit = "ffma" if x == "fp32" else "hgmma" if arch == 90 and plan.bm >= 16 and plan.warps % 4 == 0 else "hmma"
     bounds = {f"loop.{unit.upper()}": _AT_LEAST_ONE, "conversions_in_loop": (0.0, 0.0)}
+    bounds |= {"unshared_scales": (0.0, 0.0), "weights_from_memory": (0.0, 0.0)}
     large = x != "fp32" and plan.bm >= 128
     crowded = x != "fp32" and plan.bm >= AMPERE_CROWDED_TOKENS and arch < 90
     share = AMPERE_SPILL_SHARE.get(fmt, AMPERE_SPILL_SHARE_OTHERS)
@@ -222,6 +240,8 @@ def gluon(plan: Plan, fmt: str, x: str, effort: Effort = "standard") -> Configur
             "loop.HGMMA": _AT_LEAST_ONE,
             "loop_spill_share": (0.0, LOOP_SPILL_SHARE),
             "conversions_in_loop": (0.0, 0.0),
+            "unshared_scales": (0.0, 0.0),
+            "weights_from_memory": (0.0, 0.0),
         },
         spill_bytes_allowed=EPILOGUE_SPILL_BYTES,
         spill_reason=GLUON_SPILL_REASON,
@@ -242,6 +262,7 @@ def stationary(plan: Plan, fmt: str, x: str, k: int, effort: Effort = "standard"
             "loop.HMMA": _AT_LEAST_ONE,
             "loop.LDG.E.128": (4.0, math.inf),
             "loop_spill_share": (0.0, LOOP_SPILL_SHARE),
+            "unshared_scales": (0.0, 0.0),
         },
         spill_bytes_allowed=EPILOGUE_SPILL_BYTES,
         spill_reason=GLUON_SPILL_REASON,

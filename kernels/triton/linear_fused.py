@@ -20,6 +20,7 @@ import triton.language as tl
 
 from vbench.kernels.triton._fp4 import (
     E2M1_DEFERRED,
+    INT4_DEFERRED,
     activate,
     e2m1_operands,
     e2m1_scales,
@@ -131,7 +132,21 @@ def fused_linear_kernel(
     # (its note C7515). Wide token tiles have no registers for a second accumulator and mostly escape that note.
     acc = tl.zeros((BN, BM), tl.float32)
     parts = tl.zeros((BN, BM), tl.float32)
+    edge = first + blocks_per_split
     for block in range(first, last):
+        if WALK > 1:  # noqa: SIM102  # a constant, and a value of the run: they do not mix in one condition
+            # Once a part; the last part is added after the loop.
+            if block == edge:
+                if INTERPRETED:
+                    edge += blocks_per_split
+                else:
+                    # What the compiler must not run on speculation keeps this a branch, where it would otherwise add
+                    # and choose at every block; a barrier would keep it from fetching ahead.
+                    edge = tl.inline_asm_elementwise(
+                        "add.s32 $0, $1, $2;", "=r,r,r", [edge, blocks_per_split], dtype=tl.int32, is_pure=False, pack=1
+                    )
+                parts += acc
+                acc = tl.zeros((BN, BM), tl.float32)
         packed = tl.load(codes_at + block * (TILE * BKW))
         k0 = block * BK + columns
         x0 = _x_tile(x_ptr, rows_m64, row_ok, k0, K, stride_xm, EVEN_K, UPCAST)
@@ -185,11 +200,6 @@ def fused_linear_kernel(
             acc = tl.dot(w1, x1, acc, input_precision="ieee")
             acc = tl.dot(w2, x2, acc, input_precision="ieee")
             acc = tl.dot(w3, x3, acc, input_precision="ieee")
-        if WALK > 1:
-            # The last part may be shorter; it is added after the loop.
-            ends = (block + 1) % blocks_per_split == 0
-            parts = tl.where(ends, parts + acc, parts)
-            acc = tl.where(ends, 0.0, acc)
 
     finish = True
     if SPLIT > 1:
@@ -207,6 +217,8 @@ def fused_linear_kernel(
                 acc += tl.load(workspace + split * (BN * BM), cache_modifier=".cg")
     if finish:
         value = parts + acc if WALK > 1 else acc
+        if NATIVE and X == "bf16" and not E2M1 and FORMAT != "nf4":
+            value = value * INT4_DEFERRED
         if FORMAT == "absmax7_row":
             value = value * tl.load(scale_ptr + rows)[:, None]
         elif FORMAT == "absmax7_tensor":

@@ -23,56 +23,108 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language import debug_barrier
 
-from vbench.kernels.triton._fp4 import _E8M0_BF16, _NF4_BF16, _SCALES_BF16, _SCALES_FP16, E2M1_DEFERRED
+from vbench.kernels.triton._fp4 import _E8M0_BF16, _NF4_BF16, _SCALES_BF16, _SCALES_FP16, E2M1_DEFERRED, INT4_DEFERRED
 
 #: The packed layout this kernel reads: tiles of 64 rows x 32 columns, K blocks of 128.
 BKW = gl.constexpr(32)
 #: 64-byte rows, as the copy engine writes and wgmma and ldmatrix read them.
 TILE_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2))
 #: Halves of ``_fp4``'s decoders, see there: code positions 0 and 1, and 2 and 3.
-_INT4 = """{{
-    .reg .b32 t, u, one, off;
-    mov.b32 one, {one};
-    mov.b32 off, {off};
-    shr.u32 t, $2, {first};
-    shr.u32 u, $2, {second};
-    lop3.b32 $0, t, 0x000F000F, {magic}, 0xEA;
-    lop3.b32 $1, u, 0x000F000F, {magic}, 0xEA;
-    fma.rn.{kind} $0, $0, one, off;
-    fma.rn.{kind} $1, $1, one, off;
+_INT4_BF16 = """{{
+    .reg .b32 t, quarter, large, off, two;
+    mov.b32 quarter, 0x3E803E80;
+    mov.b32 large, 0x7F007F00;
+    mov.b32 off, 0xC208C208;
+    mov.b32 two, 0xC000C000;
+    shr.u32 t, $2, {shift};
+    lop3.b32 $0, t, 0x000F000F, 0x43004300, 0xEA;
+    and.b32 $1, t, 0x00F000F0;
+    fma.rn.bf16x2 $0, $0, quarter, off;
+    fma.rn.bf16x2 $1, $1, large, two;
 }}"""
-_BF16 = {"one": "0x3F803F80", "off": "0xC308C308", "magic": "0x43004300", "kind": "bf16x2"}
-_FP16 = {"one": "0x3C003C00", "off": "0xE408E408", "magic": "0x64006400", "kind": "f16x2"}
-_INT4_BF16_LOW = gl.constexpr(_INT4.format(first=0, second=4, **_BF16))
-_INT4_BF16_HIGH = gl.constexpr(_INT4.format(first=8, second=12, **_BF16))
-_INT4_FP16_LOW = gl.constexpr(_INT4.format(first=0, second=4, **_FP16))
-_INT4_FP16_HIGH = gl.constexpr(_INT4.format(first=8, second=12, **_FP16))
-#: The same times a scale in x's dtype, $3, which both elements of a pair share ($4).
-_TIMES = """{{
+_INT4_FP16 = """{{
+    .reg .b32 t, one, sixteenth, off, less;
+    mov.b32 one, 0x3C003C00;
+    mov.b32 sixteenth, 0x2C002C00;
+    mov.b32 off, 0xE408E408;
+    mov.b32 less, 0xD480D480;
+    shr.u32 t, $2, {shift};
+    lop3.b32 $0, t, 0x000F000F, 0x64006400, 0xEA;
+    lop3.b32 $1, t, 0x00F000F0, 0x64006400, 0xEA;
+    fma.rn.f16x2 $0, $0, one, off;
+    fma.rn.f16x2 $1, $1, sixteenth, less;
+}}"""
+_INT4_BF16_LOW = gl.constexpr(_INT4_BF16.format(shift=0))
+_INT4_BF16_HIGH = gl.constexpr(_INT4_BF16.format(shift=8))
+_INT4_FP16_LOW = gl.constexpr(_INT4_FP16.format(shift=0))
+_INT4_FP16_HIGH = gl.constexpr(_INT4_FP16.format(shift=8))
+#: The same times a scale s in x's dtype. bf16: of the codes' bits alone, one product with a scale and one rounding make
+#: q x s x 2^-19: $3 has s x 2^114 for the code at bit 0 and s x 2^110 for the one at bit 4 in its halves, $5 the
+#: s x -8 x 2^-19 that undoes the offset of 8, in both.
+_INT4_BF16_TIMES = """{{
+    .reg .b32 t, u, f, g;
+    .reg .b16 l, h;
+    // shared: $3 $4, $5 $6
+    mov.b32 {{l, h}}, $3;
+    mov.b32 f, {{l, l}};
+    mov.b32 g, {{h, h}};
+    shr.u32 t, $2, {shift};
+    and.b32 u, t, 0x00F000F0;
+    and.b32 t, t, 0x000F000F;
+    fma.rn.bf16x2 $0, t, f, $5;
+    fma.rn.bf16x2 $1, u, g, $5;
+}}"""
+#: fp16 has no range for that: the integer, then its product with $3; $5 is not read.
+_INT4_FP16_TIMES = """{{
+    // shared: $3 $4
     {decode}
-    mul.rn.{kind} $0, $0, $3;
-    mul.rn.{kind} $1, $1, $3;
+    mul.rn.f16x2 $0, $0, $3;
+    mul.rn.f16x2 $1, $1, $3;
 }}"""
-_INT4_BF16_LOW_TIMES = gl.constexpr(_TIMES.format(decode=_INT4.format(first=0, second=4, **_BF16), kind="bf16x2"))
-_INT4_BF16_HIGH_TIMES = gl.constexpr(_TIMES.format(decode=_INT4.format(first=8, second=12, **_BF16), kind="bf16x2"))
-_INT4_FP16_LOW_TIMES = gl.constexpr(_TIMES.format(decode=_INT4.format(first=0, second=4, **_FP16), kind="f16x2"))
-_INT4_FP16_HIGH_TIMES = gl.constexpr(_TIMES.format(decode=_INT4.format(first=8, second=12, **_FP16), kind="f16x2"))
-#: $3 and $5 are the scales of the two code positions, each in both halves; $4 and $6 repeat them for the second element
-#: of a pair, which always shares its scale.
+_INT4_BF16_LOW_TIMES = gl.constexpr(_INT4_BF16_TIMES.format(shift=0))
+_INT4_BF16_HIGH_TIMES = gl.constexpr(_INT4_BF16_TIMES.format(shift=8))
+_INT4_FP16_LOW_TIMES = gl.constexpr(_INT4_FP16_TIMES.format(decode=_INT4_FP16.format(shift=0)))
+_INT4_FP16_HIGH_TIMES = gl.constexpr(_INT4_FP16_TIMES.format(decode=_INT4_FP16.format(shift=8)))
+#: A scale in both halves -> $3 and $5 of ``_INT4_BF16_TIMES``: products with powers of two, exact for the scales that
+#: ``packing.has_far_scales`` lets through.
+_SCALED_BF16 = gl.constexpr(
+    """{
+    .reg .b32 f, o, z;
+    mov.b32 f, 0x76807880;
+    mov.b32 o, 0xB780B780;
+    mov.b32 z, 0x80008000;
+    fma.rn.bf16x2 $0, $2, f, z;
+    fma.rn.bf16x2 $1, $2, o, z;
+    }"""
+)
+#: What they leave out; the epilogue multiplies by it.
+SCALED_DEFERRED = gl.constexpr(524288.0)
+#: $3 has the scales of the two code positions in its halves; $4 is that of the second element of the pair, which
+#: always shares its scales (see ``_fp4._E2M1_BF16``).
 _E2M1_BF16_LOW = gl.constexpr(
     """{
-    .reg .b32 t, u, z;
+    .reg .b32 t, u, z, f, g;
+    .reg .b16 l, h;
+    // shared: $3 $4
+    mov.b32 {l, h}, $3;
+    mov.b32 f, {l, l};
+    mov.b32 g, {h, h};
     mov.b32 z, 0x80008000;
     shl.b32 u, $2, 3;
     and.b32 t, $2, 0x81C081C0;
     and.b32 u, u, 0x81C081C0;
-    fma.rn.bf16x2 $0, t, $3, z;
-    fma.rn.bf16x2 $1, u, $5, z;
+    fma.rn.bf16x2 $0, t, f, z;
+    fma.rn.bf16x2 $1, u, g, z;
     }"""
 )
 _E2M1_BF16_HIGH = gl.constexpr(
     """{
-    .reg .b32 t, u, v, w, z;
+    .reg .b32 t, u, v, w, z, f, g;
+    .reg .b16 l, h;
+    // shared: $3 $4
+    mov.b32 {l, h}, $3;
+    mov.b32 f, {l, l};
+    mov.b32 g, {h, h};
     mov.b32 z, 0x80008000;
     shl.b32 t, $2, 6;
     shr.u32 u, $2, 4;
@@ -82,12 +134,17 @@ _E2M1_BF16_HIGH = gl.constexpr(
     and.b32 u, u, 0x00C000C0;
     lop3.b32 u, v, 0x01000100, u, 0xEA;
     lop3.b32 u, w, 0x80008000, u, 0xEA;
-    fma.rn.bf16x2 $0, t, $3, z;
-    fma.rn.bf16x2 $1, u, $5, z;
+    fma.rn.bf16x2 $0, t, f, z;
+    fma.rn.bf16x2 $1, u, g, z;
     }"""
 )
 _E2M1_FP16 = """{{
-    .reg .b32 t, u, s, v, z;
+    .reg .b32 t, u, s, v, z, f, g;
+    .reg .b16 l, h;
+    // shared: $3 $4
+    mov.b32 {{l, h}}, $3;
+    mov.b32 f, {{l, l}};
+    mov.b32 g, {{h, h}};
     mov.b32 z, 0x80008000;
     {magnitude_a}
     {magnitude_b}
@@ -97,8 +154,8 @@ _E2M1_FP16 = """{{
     and.b32 u, u, 0x0E000E00;
     lop3.b32 t, s, 0x80008000, t, 0xEA;
     lop3.b32 u, v, 0x80008000, u, 0xEA;
-    fma.rn.f16x2 $0, t, $3, z;
-    fma.rn.f16x2 $1, u, $5, z;
+    fma.rn.f16x2 $0, t, f, z;
+    fma.rn.f16x2 $1, u, g, z;
 }}"""
 _E2M1_FP16_LOW = gl.constexpr(
     _E2M1_FP16.format(magnitude_a="shl.b32 t, $2, 9;", magnitude_b="shl.b32 u, $2, 5;", sign_a=12, sign_b=8)
@@ -159,17 +216,15 @@ def _asm2(asm: gl.constexpr, packed, X: gl.constexpr):
 
 @gluon.jit
 def _scales(word, FORMAT: gl.constexpr, X: gl.constexpr):
-    """Scale words -> for each code position the scale in both halves of an int32."""
+    """Scale words -> int32 with the scales of code positions 0 and 1, and of 2 and 3, in their halves."""
     if FORMAT == "mxfp4":
         asm: gl.constexpr = _E8M0_BF16
     elif X == "bf16":
         asm: gl.constexpr = _SCALES_BF16  # type: ignore[no-redef]
     else:
         asm: gl.constexpr = _SCALES_FP16  # type: ignore[no-redef]
-    a, b, c, d = gl.inline_asm_elementwise(
-        asm, "=&r,=&r,=&r,=&r,r", [word], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
-    )
-    return a, b, c, d
+    a, b = gl.inline_asm_elementwise(asm, "=&r,=&r,r", [word], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
+    return a, b
 
 
 @gluon.jit
@@ -179,51 +234,57 @@ def _pick(first, second, low_half):
 
 
 @gluon.jit
-def _scale_pair(scale, X: gl.constexpr):
-    """float32 [rows], rounded to x's dtype, in both halves of an int32."""
+def _scale_pairs(scale, X: gl.constexpr):
+    """float32 [rows], rounded to x's dtype -> the two registers that ``_INT4_BF16_TIMES`` or its fp16 twin takes."""
     if X == "bf16":
         bits = scale.to(gl.bfloat16).to(gl.int16, bitcast=True)
     else:
         bits = scale.to(gl.float16).to(gl.int16, bitcast=True)
-    bits = bits.to(gl.int32) & 0xFFFF
-    return bits | (bits << 16)
+    first = bits.to(gl.int32) & 0xFFFF
+    first = first | (first << 16)
+    offset = first
+    if X == "bf16":
+        first, offset = gl.inline_asm_elementwise(
+            _SCALED_BF16, "=&r,=&r,r", [first], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+        )
+    return first, offset
 
 
 @gluon.jit
 def _half(
-    packed, f0, f1, low_half, FORMAT: gl.constexpr, HALF: gl.constexpr, X: gl.constexpr, SCALED: gl.constexpr
+    packed, scales, low_half, FORMAT: gl.constexpr, HALF: gl.constexpr, X: gl.constexpr, SCALED: gl.constexpr
 ):  # fmt: skip
     """Code positions 2 HALF and 2 HALF + 1, exact in x's dtype (nf4, SCALED: rounded). A half at a time
     keeps fewer registers alive.
 
     Args:
-        f0, f1: E2M1: scales of the first and the last 16 columns, as pairs. SCALED: f0 is [rows], see ``_scale_pair``.
+        scales: E2M1: of the first and the last 16 columns, see ``_scales``. SCALED: see ``_scale_pairs``.
     """
     if SCALED:
-        s, _ = gl.broadcast(f0[:, None], packed)
+        s, _ = gl.broadcast(scales[0][:, None], packed)
+        o, _ = gl.broadcast(scales[1][:, None], packed)
         if X == "bf16":
             times: gl.constexpr = _INT4_BF16_LOW_TIMES if HALF == 0 else _INT4_BF16_HIGH_TIMES
             a, b = gl.inline_asm_elementwise(
-                times, "=&r,=&r,r,r,r", [packed, s], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=2
+                times, "=&r,=&r,r,r,r,r,r", [packed, s, o], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=2
             )
         else:
             times: gl.constexpr = _INT4_FP16_LOW_TIMES if HALF == 0 else _INT4_FP16_HIGH_TIMES  # type: ignore[no-redef]
             a, b = gl.inline_asm_elementwise(
-                times, "=&r,=&r,r,r,r", [packed, s], dtype=(gl.float16, gl.float16), is_pure=True, pack=2
+                times, "=&r,=&r,r,r,r,r,r", [packed, s, o], dtype=(gl.float16, gl.float16), is_pure=True, pack=2
             )
         return a, b
     if FORMAT == "nvfp4" or FORMAT == "mxfp4":
-        s0 = _pick(f0[0], f0[1], low_half)
-        s1 = _pick(f1[0], f1[1], low_half)
+        s = _pick(scales[0], scales[1], low_half)
         if X == "bf16":
             asm: gl.constexpr = _E2M1_BF16_LOW if HALF == 0 else _E2M1_BF16_HIGH
             a, b = gl.inline_asm_elementwise(
-                asm, "=&r,=&r,r,r,r,r,r", [packed, s0, s1], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=2
+                asm, "=&r,=&r,r,r,r", [packed, s], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=2
             )
         else:
             asm: gl.constexpr = _E2M1_FP16_LOW if HALF == 0 else _E2M1_FP16_HIGH  # type: ignore[no-redef]
             a, b = gl.inline_asm_elementwise(
-                asm, "=&r,=&r,r,r,r,r,r", [packed, s0, s1], dtype=(gl.float16, gl.float16), is_pure=True, pack=2
+                asm, "=&r,=&r,r,r,r", [packed, s], dtype=(gl.float16, gl.float16), is_pure=True, pack=2
             )
     elif FORMAT == "nf4":
         p, q, r, t = gl.inline_asm_elementwise(
@@ -314,18 +375,18 @@ def _consume(
                 )
                 words = packed.load(LEFT)
                 ahead = gl.minimum(pair + h + 1, last - 1)
-                f0, f1, f2, f3 = 0, 0, 0, 0
+                low, high = 0, 0
                 if BYTES:
-                    p0, p1, p2, p3 = _scales(first_word, FORMAT, X)
-                    q0, q1, q2, q3 = p0, p1, p2, p3
+                    p0, p1 = _scales(first_word, FORMAT, X)
+                    q0, q1 = p0, p1
                     first_word = gl.load(scale_ptr + in_tile + ahead * (64 * WORDS), mask=inside, other=0)
                     if WORDS == 2:
-                        q0, q1, q2, q3 = _scales(second_word, FORMAT, X)
+                        q0, q1 = _scales(second_word, FORMAT, X)
                         second_word = gl.load(scale_ptr + in_tile + ahead * (64 * WORDS) + 1, mask=inside, other=0)
-                    f0, f1, f2, f3 = (p0, q0), (p1, q1), (p2, q2), (p3, q3)  # type: ignore[assignment]
+                    low, high = (p0, q0), (p1, q1)  # type: ignore[assignment]
                 if SCALED:
-                    f0 = _scale_pair(scale, X)
-                    f2 = f0
+                    low = _scale_pairs(scale, X)
+                    high = low
                     scale = gl.load(scale_at + ahead * 64, mask=inside, other=0.0)
                 if GROUPS > 0:
                     now0, now1 = g0, g1
@@ -336,11 +397,11 @@ def _consume(
                 x1 = x_smem.index(stage * 4 + 1).permute((1, 0))
                 x2 = x_smem.index(stage * 4 + 2).permute((1, 0))
                 x3 = x_smem.index(stage * 4 + 3).permute((1, 0))
-                w0, w1 = _half(words, f0, f1, low_half, FORMAT, 0, X, SCALED)
+                w0, w1 = _half(words, low, low_half, FORMAT, 0, X, SCALED)
                 if GROUPS == 2:
                     one = warpgroup_mma(w0, x0, zero, use_acc=False, is_async=True)
                     one = warpgroup_mma(w1, x1, one, is_async=True)
-                    w2, w3 = _half(words, f2, f3, low_half, FORMAT, 1, X, SCALED)
+                    w2, w3 = _half(words, high, low_half, FORMAT, 1, X, SCALED)
                     two = warpgroup_mma(w2, x2, zero, use_acc=False, is_async=True)
                     two = warpgroup_mma(w3, x3, two, is_async=True)
                     one, two = warpgroup_mma_wait(num_outstanding=0, deps=[one, two])
@@ -359,7 +420,7 @@ def _consume(
                     else:
                         part = warpgroup_mma(w0, x0, acc, is_async=True)
                     part = warpgroup_mma(w1, x1, part, is_async=True)
-                    w2, w3 = _half(words, f2, f3, low_half, FORMAT, 1, X, SCALED)
+                    w2, w3 = _half(words, high, low_half, FORMAT, 1, X, SCALED)
                     part = warpgroup_mma(w2, x2, part, is_async=True)
                     part = warpgroup_mma(w3, x3, part, is_async=True)
                     # Products in flight over the loop's edge would make ptxas wait for each one (its note C7512).
@@ -392,6 +453,10 @@ def _consume(
                 for p in range(parts):
                     acc += gl.load(workspace + p * (2 * ROWS * BM), cache_modifier=".cg")
         if finish:
+            if X == "bf16" and SCALED:
+                acc = acc * SCALED_DEFERRED
+            elif X == "bf16" and not BYTES and FORMAT != "nf4":
+                acc = acc * INT4_DEFERRED
             if FORMAT == "absmax7_row":
                 acc = acc * gl.load(scale_ptr + rows, mask=rows < N, other=0.0)[:, None]
             elif FORMAT == "absmax7_tensor":

@@ -18,7 +18,15 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language import debug_barrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vbench.kernels.triton._fp4 import _INT4_BF16, _INT4_FP16, _NF4_BF16, _SCALES_BF16, E2M1_DEFERRED
+from vbench.kernels.triton._fp4 import (
+    _E2M1_BF16,
+    _INT4_BF16,
+    _INT4_FP16,
+    _NF4_BF16,
+    _SCALES_BF16,
+    E2M1_DEFERRED,
+    INT4_DEFERRED,
+)
 from vbench.kernels.triton.linear_gluon import _activate
 
 ROWS = gl.constexpr(16)
@@ -26,28 +34,6 @@ ROWS = gl.constexpr(16)
 COLUMNS = gl.constexpr(64)
 #: 32-bit words of a tile: 16 rows x 256 columns.
 WORDS = gl.constexpr(512)
-#: As ``_fp4._E2M1_BF16``, in a layout where both halves of a register share their scale.
-_E2M1_BF16 = gl.constexpr(
-    """{
-    .reg .b32 t1, t2, t3, t4, t5;
-    shl.b32 t1, $4, 3;
-    shl.b32 t2, $4, 6;
-    shr.u32 t3, $4, 4;
-    shr.u32 t4, $4, 5;
-    shl.b32 t5, $4, 1;
-    and.b32 t3, t3, 0x00C000C0;
-    lop3.b32 t3, t4, 0x01000100, t3, 0xEA;
-    lop3.b32 t3, t5, 0x80008000, t3, 0xEA;
-    and.b32 t4, $4, 0x81C081C0;
-    and.b32 t1, t1, 0x81C081C0;
-    and.b32 t2, t2, 0x81C081C0;
-    mov.b32 t5, 0x80008000;
-    fma.rn.bf16x2 $0, t4, $5, t5;
-    fma.rn.bf16x2 $1, t1, $7, t5;
-    fma.rn.bf16x2 $2, t2, $9, t5;
-    fma.rn.bf16x2 $3, t3, $11, t5;
-    }"""
-)
 #: Two E8M0 bytes of a word -> 2^(byte - 1) in both halves of a register, as bf16; bytes 0 to 128.
 _E8M0 = """{{
     .reg .b32 b0, b1;
@@ -77,17 +63,13 @@ def _spread(scale, left: gl.constexpr, W: gl.constexpr):
 
 @gluon.jit
 def _byte_scales(word, FORMAT: gl.constexpr, Q: gl.constexpr):
-    """Scale words of 64 columns' rows -> for each code position int32 [W, 16], the scale in both halves."""
+    """Scale words of 64 columns' rows -> int32 [W, 16] with the scales of code positions 0 and 1, and of 2 and 3."""
     if FORMAT == "nvfp4":
-        f0, f1, f2, f3 = gl.inline_asm_elementwise(
-            _SCALES_BF16, "=&r,=&r,=&r,=&r,r", [word], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True,
-            pack=1,
-        )  # fmt: skip
+        asm: gl.constexpr = _SCALES_BF16
     else:
-        asm: gl.constexpr = _E8M0_HIGH if Q % 2 else _E8M0_LOW
-        f0, f2 = gl.inline_asm_elementwise(asm, "=&r,=&r,r", [word], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
-        f1, f3 = f0, f2
-    return f0, f1, f2, f3
+        asm: gl.constexpr = _E8M0_HIGH if Q % 2 else _E8M0_LOW  # type: ignore[no-redef]
+    f01, f23 = gl.inline_asm_elementwise(asm, "=&r,=&r,r", [word], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
+    return f01, f23
 
 
 @gluon.jit
@@ -118,10 +100,9 @@ def _quarter(
     """
     tile = _tile(words, left, W)
     if FORMAT == "nvfp4" or FORMAT == "mxfp4":
-        f0, f1, f2, f3 = _byte_scales(scale, FORMAT, Q)
+        f01, f23 = _byte_scales(scale, FORMAT, Q)
         w0, w1, w2, w3 = gl.inline_asm_elementwise(
-            _E2M1_BF16, "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
-            [tile, _spread(f0, left, W), _spread(f1, left, W), _spread(f2, left, W), _spread(f3, left, W)],
+            _E2M1_BF16, "=&r,=&r,=&r,=&r,r,r,r,r,r", [tile, _spread(f01, left, W), _spread(f23, left, W)],
             dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16), is_pure=True, pack=2,
         )  # fmt: skip
     elif X == "bf16":
@@ -159,9 +140,11 @@ def _add_parts(partial_ptr, at, inside, part_stride, parts, value):
 @gluon.jit
 def _store_out(
     value, row, token, inside, scale_ptr, global_ptr, bias_ptr, y_ptr, M, N, stride_ym,
-    FORMAT: gl.constexpr, ACT: gl.constexpr, HAS_BIAS: gl.constexpr,
+    FORMAT: gl.constexpr, X: gl.constexpr, ACT: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     inside = inside & (row < N)
+    if X == "bf16" and (FORMAT == "absmax7_row" or FORMAT == "absmax7_tensor" or FORMAT == "absmax7_g128"):
+        value = value * INT4_DEFERRED
     if FORMAT == "absmax7_row":
         value = value * gl.load(scale_ptr + row, mask=inside, other=0.0)
     elif FORMAT == "absmax7_tensor":
@@ -333,5 +316,5 @@ def stationary_kernel(
         if finish:
             _store_out(
                 value, row, token, inside, scale_ptr, global_ptr, bias_ptr, y_ptr, M, N, stride_ym,
-                FORMAT, ACT, HAS_BIAS,
+                FORMAT, X, ACT, HAS_BIAS,
             )  # fmt: skip

@@ -43,6 +43,9 @@ TWIDDLE = ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (10, 11, 13, 14))
 ZERO_CODE = {"absmax7_tensor": 8, "absmax7_row": 8, "absmax7_g128": 8, "nvfp4": 0, "mxfp4": 0, "nf4": 7}
 #: Largest E8M0 byte whose scale (times 2^126, which undoes the decoder's exponent) fits bfloat16.
 E8M0_NARROW_MAX = 128
+#: float32 scales that the decoder of integers times scale takes into bfloat16: it holds a scale times 2^114, and its
+#: products times 2^-19, as normal numbers.
+SCALED_RANGE = (2.0**-100, 2.0**13)
 Order = Literal["rows", "fragments"]
 
 
@@ -57,7 +60,8 @@ class PackedWeight:
         twiddled: E2M1 bits are at ``TWIDDLE`` instead of in nibble order.
         codes, scale: see the module's text.
         global_scale: float32 [1].
-        small_scales: nvfp4 only: some block scale is zero or subnormal in E4M3, which takes a slower decode.
+        small_scales: some scale takes a slower decode: nvfp4's that are zero or subnormal in E4M3, and absmax7_g128's
+            outside SCALED_RANGE.
         wide: mxfp4 only: scales are kept as float32 and multiply sums instead of weights, because some scale is beyond
             ``E8M0_NARROW_MAX`` or x's dtype has not their range.
         order: layout.
@@ -128,6 +132,12 @@ def has_small_scales(scale: Tensor) -> bool:
 def has_wide_scales(scale: Tensor) -> bool:
     """Whether some E8M0 scale does not fit a bfloat16 operand; False for other scales."""
     return scale.dtype == torch.uint8 and bool((scale > E8M0_NARROW_MAX).any())
+
+
+def has_far_scales(scale: Tensor) -> bool:
+    """Whether some float32 scale is outside SCALED_RANGE and not zero, so that it cannot multiply integer weights."""
+    low, high = SCALED_RANGE
+    return scale.dtype == torch.float32 and bool(((scale != 0) & ~((scale >= low) & (scale <= high))).any())
 
 
 def e8m0_float(scale: Tensor) -> Tensor:
@@ -253,7 +263,7 @@ def pack_weight(
     else:
         elements = elements.reshape(n_pad // TILE_ROWS, TILE_ROWS, -1, bkw).permute(0, 2, 1, 3).contiguous()
     scale = _pack_scale(fmt, weight["scale"], n_pad, k_pad, bkw, wide, order)
-    small = has_small_scales(weight["scale"])
+    small = has_small_scales(weight["scale"]) or (fmt == "absmax7_g128" and has_far_scales(weight["scale"]))
     return PackedWeight(fmt, n, k, bkw, twiddled, elements, scale, weight["global_scale"].clone(), small, wide, order)
 
 

@@ -102,7 +102,9 @@ class HfModel:
             with torch.device("meta"):
                 model: Any = self._transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
             if checkpointing:
-                model.gradient_checkpointing_enable()
+                # transformers renamed it in 5.24 and deprecates the old name.
+                renamed = hasattr(model, "activation_checkpointing_enable")
+                (model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable)()
         except Exception as error:  # a stranger's code, fed with a stranger's file
             raise DataError(f"{self.path}: transformers cannot build a causal model from it: {error}") from error
         model.train()
