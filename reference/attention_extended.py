@@ -36,7 +36,7 @@ ALIKE = "one element, or a mask that leaves the sink all the weight: zeros or th
 def _alike(case: Case, *outputs: tuple[Tensor, Tensor]) -> bool:
     """Whether (value, budget) of all outputs of a case with sinks admit zeros, or the mean everywhere.
 
-    So it is where a mask leaves the sink all the weight, for one row of constant V, and where each output is one element.
+    So it is where a mask leaves the sink all the weight, for a row of constant V, and for one element an output.
     """
     plain = case.text("mask") != "shifted" and case.text("dist") != "constant_v"
     if not case.axis("sinks") or (plain and any(v.numel() > 1 for v, _ in outputs)):
