@@ -36,9 +36,10 @@ ALIKE = "one element, or a mask that leaves the sink all the weight: zeros or th
 def _alike(case: Case, *outputs: tuple[Tensor, Tensor]) -> bool:
     """Whether (value, budget) of all outputs of a case with sinks admit zeros, or the mean everywhere.
 
-    So it is where a mask leaves the sink all the weight, and where an output has a single element.
+    So it is where a mask leaves the sink all the weight, for a row of constant V, and for one element an output.
     """
-    if not case.axis("sinks") or (case.text("mask") != "shifted" and any(v.numel() > 1 for v, _ in outputs)):
+    plain = case.text("mask") != "shifted" and case.text("dist") != "constant_v"
+    if not case.axis("sinks") or (plain and any(v.numel() > 1 for v, _ in outputs)):
         return False
     return any(
         all(bool(((value - middle(value)).abs() <= bound).all()) for value, bound in outputs)
