@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,19 +72,37 @@ def test_the_verdict_of_the_sanitizer() -> None:
     assert sanitize.verdict([]) == 3
 
 
-def test_without_a_sanitizer_nothing_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda _: None)
+def test_without_a_sanitizer_nothing_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sanitize, "TOOLKIT", str(tmp_path))
     assert sanitize.main() == 3
 
 
-def test_a_program_that_is_no_sanitizer_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[str]] = []
-
-    def refused(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        asked.append(command)
-        return subprocess.CompletedProcess(command, 1, "", "no")
-
-    monkeypatch.setattr(shutil, "which", lambda _: "/bin/sanitizer")
-    monkeypatch.setattr(subprocess, "run", refused)
+@pytest.mark.parametrize("on_the_path", [True, False])
+def test_a_program_that_is_no_sanitizer_is_no_result(
+    on_the_path: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that ends with a code of its own, on the path or where the toolkit puts it; each run leaves its arguments."""
+    asked = tmp_path / "asked"
+    folders = {True: tmp_path / "path", False: tmp_path / "toolkit"}
+    for folder in folders.values():
+        folder.mkdir()
+    program = folders[on_the_path] / "compute-sanitizer"
+    program.write_text(f'#!/bin/sh\necho "$*" >> {asked}\nexit 1\n', encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folders[True]))
+    monkeypatch.setattr(sanitize, "TOOLKIT", str(folders[False]))
     assert sanitize.main() == 3
-    assert len(asked) == 4 and all(sys.executable in command for command in asked)
+    lines = asked.read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 4 and all(sys.executable in line for line in lines)
+
+
+def test_a_run_past_its_time_is_killed_with_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {tmp_path / 'child'}\nwait\n", encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setattr(sanitize, "DEADLINE_S", 2.0)
+    one = sanitize.run(str(program), "memcheck", "read_past_x")
+    assert not one.ran and "longer than" in one.text
+    state = Path(f"/proc/{(tmp_path / 'child').read_text(encoding='ascii').strip()}/stat")
+    assert not state.exists() or state.read_text(encoding="ascii").rpartition(")")[2].split()[0] == "Z"
