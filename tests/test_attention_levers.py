@@ -250,3 +250,48 @@ def test_levers_compile_to_what_they_promise() -> None:
             name: table[name] for name in ("products", "waits", "spill_bytes")
         }
     assert not any(row["refused"] for row in (table, polynomial, keeping, plain))
+
+
+def test_graphs_are_replayed_in_turn_and_one_that_dies_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that each replay moves on by its graph's milliseconds."""
+    spec = importlib.util.spec_from_file_location("tune_attention", SCRIPT.with_name("tune_attention.py"))
+    assert spec is not None and spec.loader is not None
+    tune = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tune)
+    now_ms, order = [0.0], []
+    cost_ms = {"slow": 6.0, "fast": 2.0}
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at_ms = now_ms[0]
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, other: Event) -> float:
+            return other.at_ms - self.at_ms
+
+    class Graph:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def replay(self) -> None:
+            order.append(self.name)
+            now_ms[0] += cost_ms[self.name]
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    graphs = {name: Graph(name) for name in cost_ms}
+    samples = tune.replay_in_turn(graphs, rounds=2, repeats=2)
+    assert samples == {"slow": pytest.approx([3e-3] * 2), "fast": pytest.approx([1e-3] * 2)}
+    assert order == ["slow", "fast"] * 3
+
+    def dies() -> None:
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", dies)
+    with pytest.raises(SystemExit, match="slow died: an illegal"):
+        tune.replay_in_turn(graphs, rounds=2, repeats=2)

@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -256,9 +257,34 @@ def graph_of(launches: list[Any], repeats: int) -> Any:
     return graph
 
 
+def replay_in_turn(graphs: Mapping[str, Any], rounds: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds a launch of each graph of ``repeats`` launches, one sample a round; each runs once before the first.
+
+    Raises:
+        SystemExit: a graph died, by name.
+    """
+    import torch
+
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    for name, graph in graphs.items():
+        graph.replay()
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise SystemExit(f"{name} died: {error}") from error
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch has no types
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            samples[name].append(start.elapsed_time(end) * 1e-3 / repeats)
+    return samples
+
+
 def time_cell(d: int, causal: str, length: int, candidates: list[tuple[str, Any]], rounds: int) -> dict[str, float]:
     """Median TFLOP/s of each candidate and peer in one cell, in interleaved rounds."""
-    import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -282,17 +308,7 @@ def time_cell(d: int, causal: str, length: int, candidates: list[tuple[str, Any]
     for kind, tile in candidates:
         launches = [bind(kind, tile, case, inputs, out) for inputs, out in zip(sets, outs, strict=True)]
         graphs[label(kind, tile)] = graph_of(launches, repeats)
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
-    for graph in graphs.values():
-        graph.replay()
-    for _ in range(rounds):
-        for name, graph in graphs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch has no types
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            samples[name].append(start.elapsed_time(end) * 1e-3 / repeats)
+    samples = replay_in_turn(graphs, rounds, repeats)
     return {name: flops / statistics.median(values) / 1e12 for name, values in samples.items()}
 
 
@@ -408,17 +424,7 @@ def time_backward(d: int, causal: str, length: int, bad: set[Any], rounds: int, 
         bound = [bind_backward(case, inputs, out, queries, keys) for inputs, out in zip(sets, outs, strict=True)]
         graphs[label("dq", queries)] = graph_of([parts[1] for parts in bound], repeats)
         graphs[label("dkdv", keys)] = graph_of([parts[2] for parts in bound], repeats)
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
-    for graph in graphs.values():
-        graph.replay()
-    for _ in range(rounds):
-        for name, graph in graphs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch has no types
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            samples[name].append(start.elapsed_time(end) * 1e-3 / repeats)
+    samples = replay_in_turn(graphs, rounds, repeats)
     seconds = {name: statistics.median(values) for name, values in samples.items()}
     return {"d": d, "causal": causal, "s": length, "flops": flops, "seconds": seconds, "samples_s": samples}
 

@@ -175,8 +175,7 @@ def label(tile: Any) -> str:
 
 def time_cell(d: int, causal: str, length: int, tiles: list[Any], rounds: int) -> dict[str, Any]:
     """Median seconds of each peer, candidate and part in one cell, in interleaved rounds."""
-    import torch
-    from tune_attention import graph_of
+    from tune_attention import graph_of, replay_in_turn
 
     from vbench.reference.ops.attention import ATTENTION_BACKWARD
 
@@ -209,21 +208,7 @@ def time_cell(d: int, causal: str, length: int, tiles: list[Any], rounds: int) -
         graphs[label(tile)] = graph_of(launches, repeats)
         for i, part in enumerate(("prepare", "multiply", "finish")):
             graphs[f"{label(tile)}.{part}"] = graph_of([parts[i] for parts in bound], repeats)
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
-    for name, graph in graphs.items():
-        graph.replay()
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError as error:
-            raise SystemExit(f"D{d} {causal} S{length}: {name} died: {error}") from error
-    for _ in range(rounds):
-        for name, graph in graphs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch has no types
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            samples[name].append(start.elapsed_time(end) * 1e-3 / repeats)
+    samples = replay_in_turn(graphs, rounds, repeats)
     seconds = {name: statistics.median(values) for name, values in samples.items()}
     return {"d": d, "causal": causal, "s": length, "flops": flops, "seconds": seconds, "samples_s": samples, **notes}
 

@@ -303,10 +303,9 @@ def check_all(jobs: Mapping[str, tuple[Candidate, int]], processes: int, seconds
 
 def time_cell(where: Cell, timed: Sequence[Candidate], rounds: int) -> dict[str, list[float]]:
     """Seconds of a launch in each of the interleaved rounds: ``cudnn``, then each candidate by name."""
-    import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
-    from tune_attention import attention_case, graph_of, make_inputs, poisoned_outputs
+    from tune_attention import attention_case, graph_of, make_inputs, poisoned_outputs, replay_in_turn
 
     case = attention_case("bf16", where.causal, where.b, where.hq, where.hk, where.s, where.s, where.d)
     sets = [
@@ -330,18 +329,7 @@ def time_cell(where: Cell, timed: Sequence[Candidate], rounds: int) -> dict[str,
     for candidate in timed:
         launches = [bind(candidate, case, inputs, out) for inputs, out in zip(sets, outs, strict=True)]
         graphs[candidate.name] = graph_of(launches, repeats)
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
-    for graph in graphs.values():
-        graph.replay()
-    for _ in range(rounds):
-        for name, graph in graphs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch has no types
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            samples[name].append(start.elapsed_time(end) * 1e-3 / repeats)
-    return samples
+    return replay_in_turn(graphs, rounds, repeats)
 
 
 # --- 4. table --------------------------------------------------------------------------------------------------------

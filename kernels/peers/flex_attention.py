@@ -24,7 +24,7 @@ def probe(device: Device) -> Availability:
 
     versions = {"torch": str(torch.__version__)}
     try:
-        from torch.nn.attention.flex_attention import AuxRequest  # noqa: F401
+        from torch.nn.attention.flex_attention import AuxRequest  # noqa: F401  # only whether it is there
     except ImportError as error:
         return Availability(False, "none", f"flex_attention gives its lse from torch 2.9 on ({error})", versions)
     if device == "cuda" and not torch.cuda.is_available():

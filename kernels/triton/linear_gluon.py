@@ -383,7 +383,7 @@ def _consume(
                     if WORDS == 2:
                         q0, q1 = _scales(second_word, FORMAT, X)
                         second_word = gl.load(scale_ptr + in_tile + ahead * (64 * WORDS) + 1, mask=inside, other=0)
-                    low, high = (p0, q0), (p1, q1)  # type: ignore[assignment]
+                    low, high = (p0, q0), (p1, q1)  # type: ignore[assignment]  # tuples here, tensors else
                 if SCALED:
                     low = _scale_pairs(scale, X)
                     high = low

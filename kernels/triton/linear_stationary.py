@@ -67,7 +67,7 @@ def _byte_scales(word, FORMAT: gl.constexpr, Q: gl.constexpr):
     if FORMAT == "nvfp4":
         asm: gl.constexpr = _SCALES_BF16
     else:
-        asm: gl.constexpr = _E8M0_HIGH if Q % 2 else _E8M0_LOW  # type: ignore[no-redef]
+        asm: gl.constexpr = _E8M0_HIGH if Q % 2 else _E8M0_LOW  # type: ignore[no-redef]  # one of two branches
     f01, f23 = gl.inline_asm_elementwise(asm, "=&r,=&r,r", [word], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
     return f01, f23
 
