@@ -276,17 +276,28 @@ class Worker:
             del before
             if self.device == "cuda":
                 self._peaks(launch, out, self.monitor(), result)
-            self._time(op, case, kernel, inputs, expected, launch, result)
+            try:
+                self._time(op, case, kernel, inputs, expected, launch, result)
+            except Exception:
+                # Samples of a patched clock may be such as no measurement admits: then the clock is what is wrong.
+                if not self._patched(off, result):
+                    raise
+                return result
             if "after_timing" not in off and result.outcome is Outcome.PASSED:
                 self._after_timing(launch, out, judge, result)
-        altered = self._captured.altered()
-        if altered and "patched" not in off:
-            result.outcome, result.reason = Outcome.INVALID, "patched"
-            result.detail = f"{', '.join(altered)} changed while the kernel ran; what was measured with them is void"
+        self._patched(off, result)
         if own and result.outcome is not Outcome.PASSED:
             # Wrong only once it was timed: such a time is none, and a record would refuse it.
             result.measurements = ()
         return result
+
+    def _patched(self, off: frozenset[str], result: Result) -> bool:
+        """Whether what measures and compares was changed meanwhile; ``result`` is INVALID then."""
+        altered = self._captured.altered()
+        if altered and "patched" not in off:
+            result.outcome, result.reason, result.measurements = Outcome.INVALID, "patched", ()
+            result.detail = f"{', '.join(altered)} changed while the kernel ran; what was measured with them is void"
+        return result.outcome is Outcome.INVALID and result.reason == "patched"
 
     def _declarations(self, op: Op, kernel: Kernel, off: frozenset[str]) -> Result | None:
         """What an own kernel may not even declare."""
