@@ -386,11 +386,11 @@ class Worker:
         if make is not None and not {"laws", "batch_invariance"} <= off:
             for law in registry.laws_of(op.name)(case, inputs):
                 needed = "batch_invariance" if law.declared == "batch_invariant" else "laws"
-                if needed in off or (law.declared and not getattr(kernel, law.declared, False)):
+                if needed in off or not law.binds(kernel):
                     continue
                 # Of the same case only the shapes are needed, but where outputs are not poisoned.
-                shapes = expected if law.case == case and "poison" not in off else None
-                found = law.broken(first, self._law(op, make(law.case), law, off, shapes))
+                same = law.case == case and law.broken is not None and "poison" not in off
+                found = self._broken(op, make(law.case), law, first, off, expected if same else None)
                 if found:
                     # Batch invariance is promised of bits between runs, not of values.
                     invariant = needed == "batch_invariance"
@@ -400,15 +400,30 @@ class Worker:
         if "rebind" not in off:
             self._rebind(op, case, kernel, inputs, out, off, result)
 
-    def _law(
-        self, op: Op, kernel: Kernel, law: Law, off: frozenset[str], expected: Mapping[str, Expected] | None
-    ) -> dict[str, Any]:
-        """Outputs of a law's second run. ``expected``: what the oracle says of its case, where that is known."""
+    def _broken(
+        self,
+        op: Op,
+        kernel: Kernel,
+        law: Law,
+        first: dict[str, Any],
+        off: frozenset[str],
+        shapes: Mapping[str, Expected] | None,
+    ) -> str:
+        """What a law's second run shows not to hold, ``""`` if it holds.
+
+        Args:
+            first: outputs of the first run.
+            shapes: what the oracle says of another run of the same shapes, where the answer to this one is not needed.
+        """
+        expected = shapes
         if expected is None:
             expected = resolve(op.oracle)(law.case, law.inputs, kernel.numerics, None)
         inputs, out, _ = _fenced(law.inputs, self._outputs(expected, off), off)
         outputs, _ = self._launched(kernel.bind(inputs, out), out)
-        return outputs
+        if law.broken is not None:
+            return law.broken(first, outputs)
+        judged = check.judge_outputs(outputs, expected, kernel.produces, off=off)
+        return "" if judged.outcome is Outcome.PASSED else judged.detail
 
     def _rebind(
         self,
