@@ -26,6 +26,7 @@ Spans
 from __future__ import annotations
 
 import bisect
+import difflib
 import re
 import statistics
 from collections import Counter
@@ -146,12 +147,12 @@ def _fenced_lines(lines: Sequence[str]) -> list[bool]:
     return flags
 
 
-def numerals(text: str) -> list[Numeral]:
+def numerals(text: str, where: str = "document") -> list[Numeral]:
     """Every numeral of a Markdown document in order; see the module's rule of what is a name.
 
     Spans of ours are left out: records account for them.
     """
-    spans = list(_spans(text, "document"))
+    spans = list(_spans(text, where))
     blank = list(text)
     for span in spans:
         for i in range(span.start, span.end):
@@ -173,7 +174,7 @@ def numerals(text: str) -> list[Numeral]:
     return found
 
 
-def coverage(text: str, ledger: Ledger) -> list[Gap]:
+def coverage(text: str, ledger: Ledger, *, where: str = "document") -> list[Gap]:
     """What keeps the ledger from accounting for every numeral of ``text``, in order; empty if nothing does.
 
     A figure is matched by heading number, numeral and occurrence, so the text may be another version than the one
@@ -182,7 +183,7 @@ def coverage(text: str, ledger: Ledger) -> list[Gap]:
     owned: dict[tuple[int, str, int], list[str]] = {}
     owners: list[tuple[str, int, tuple[Figures, ...]]] = [(f"claim {c.id}", c.line, c.figures) for c in ledger.claims]
     owners += [(f"exclusion {e.section!r}", e.line, e.figures) for e in ledger.exclusions]
-    there = numerals(text)
+    there = numerals(text, where)
     keys = {(n.heading, n.text, n.nth) for n in there}
     gaps: list[Gap] = []
     lost: list[Gap] = []
@@ -259,7 +260,10 @@ def _spans(text: str, where: str) -> Iterator[_Span]:
             raise DataError(f"{here}: expected <!-- vbench:claim ID --> or <!-- vbench:table SELECTOR -->")
         open_mark = (head.group(1), head.group(2), mark, line)
     if open_mark is not None:
-        raise DataError(f"{where}:{open_mark[3]}: span vbench:{open_mark[0]} is never closed by <!-- /vbench -->")
+        raise DataError(
+            f"{where}:{open_mark[3]}: span vbench:{open_mark[0]} {open_mark[1]} is never closed; "
+            "end what is generated with <!-- /vbench -->"
+        )
 
 
 def check(
@@ -331,9 +335,20 @@ def evidence(
                 together = set.intersection(*runs)
                 ids |= {r.id for side in cell.values() for r in side if r.run in together}
         elif selector is None or selector.kind == "claims":
-            chosen = verdicts.values() if selector is not None else filter(None, [verdicts.get(span.selector)])
+            all_ = list(verdicts.values())
+            chosen = all_ if selector is not None else [_verdict(span.selector, all_, ledger, f"{where}:{span.line}")]
             ids |= {i for v in chosen for f in v.findings for i in f.rests_on}
     return [r for r in records if r.id in ids]
+
+
+def _verdict(claim: str, verdicts: Sequence[ClaimVerdict], ledger: Ledger, here: str) -> ClaimVerdict:
+    """The verdict on a claim. Raises DataError for an id that the ledger has not, with the nearest one."""
+    for verdict in verdicts:
+        if verdict.claim == claim:
+            return verdict
+    near = difflib.get_close_matches(claim, [v.claim for v in verdicts], 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise DataError(f"{here}: no claim {claim!r} in {ledger.path}; {hint}vbench claims list names all of them")
 
 
 def _render(
@@ -347,10 +362,7 @@ def _render(
 ) -> str:
     here = f"{where}:{span.line}"
     if span.kind == "claim":
-        verdict = next((v for v in verdicts if v.claim == span.selector), None)
-        if verdict is None:
-            raise DataError(f"{here}: no claim {span.selector!r} in {ledger.path}")
-        return claim_line(verdict)
+        return claim_line(_verdict(span.selector, verdicts, ledger, here))
     before = text[text.rfind("\n", 0, span.opened) + 1 : span.opened]
     closing = text.find("\n", text.index("-->", span.end))
     after = text[text.index("-->", span.end) + 3 : closing if closing >= 0 else len(text)]
