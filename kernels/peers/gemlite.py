@@ -6,7 +6,7 @@ from vbench.backend import Availability, DeclaredBackend, Device
 
 
 def probe(device: Device) -> Availability:
-    """See ``vbench.backend.Backend.probe``. Its import asks the driver for a GPU, so that a CPU is refused before it."""
+    """See ``vbench.backend.Backend.probe``. Its import asks the driver for a GPU; a CPU is refused before it."""
     from vbench.kernels.peers.optional import probe_package
 
     if device != "cuda":
