@@ -598,7 +598,14 @@ def claims_command(arguments: argparse.Namespace) -> int:
     text = read_text(arguments.document)
     where = str(arguments.document)
     if arguments.verb == "check":
-        drifts = documents.check(text, ledger, records, current_sources=current_sources(), where=where)
+        drifts = documents.check(
+            text,
+            ledger,
+            records,
+            current_sources=current_sources(),
+            where=where,
+            files=lambda path: _file(arguments.document.parent / path),
+        )
         if arguments.json:
             print(json.dumps({"drift": [str(d) for d in drifts]}, indent=1, ensure_ascii=False))
         else:
@@ -607,13 +614,25 @@ def claims_command(arguments: argparse.Namespace) -> int:
             print(f"{where}: {len(drifts)} generated spans differ from the records")
         return 1 if drifts else 0
     new = documents.update(text, ledger, records, current_sources=current_sources(), where=where)
+    drawn = documents.pictures(text, records, current_sources=current_sources(), where=where)
+    written = [where] if new != text else []
+    for name, picture in drawn.items():
+        path = arguments.document.parent / name
+        if _file(path) != picture:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(picture, encoding="utf-8")
+            written.append(str(path))
     if new != text:
         arguments.document.write_text(new, encoding="utf-8")
     if arguments.json:
-        print(json.dumps({"changed": new != text}))
+        print(json.dumps({"changed": bool(written)}))
     else:
-        print(f"{where}: {'rewritten' if new != text else 'unchanged'}")
+        print("\n".join(f"{path}: rewritten" for path in written) or f"{where}: unchanged")
     return 0
+
+
+def _file(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def read_text(path: Path) -> str:
