@@ -279,12 +279,19 @@ class BenchCase:
         source: where the shape comes from (model and file), shown in reports.
         effort: smallest ``--effort`` that includes it.
         device: ``cuda``, or ``any`` when timing it on a CPU means something too.
+        first: kernels that are taken before the op's others where an effort's limit of rows leaves some out: both sides
+            of the ratios that the case is there for.
+        later: kernels that only effort ``full`` times on this case, as they cost more than they tell.
+
+    Kernels are named ``backend[variant]``, or ``backend`` for all its variants.
     """
 
     case: Case
     source: str
     effort: Literal["quick", "standard", "full"] = "standard"
     device: Literal["cuda", "any"] = "cuda"
+    first: tuple[str, ...] = ()
+    later: tuple[str, ...] = ()
 
 
 def size_class(value: int) -> str:
