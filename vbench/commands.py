@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vbench import environment, registry, report, selftest, simulate, spec, waivers
+from vbench import environment, registry, report, selftest, simulate, spec, spent, waivers
 from vbench.backend import Device
 from vbench.claims import Claim, Ledger, arithmetic_metrics, load_ledger, stated_digest
 from vbench.errors import DataError, UsageError
@@ -25,7 +25,7 @@ from vbench.resume import Pins, pins, refuse_changes
 from vbench.roofline import Attained, attained, ceilings
 from vbench.rows import MOST_ROWS, Limited, estimate_s, within_limit
 from vbench.sources import digest, job_digest
-from vbench.store import RUN_FILE, Key, RunStore, new_run_id, read_records, read_summary, start_counts
+from vbench.store import RUN_FILE, Key, RunStore, new_run_id, phase_walls, read_records, read_summary, start_counts
 from vbench.tallies import op_of
 
 
@@ -322,6 +322,7 @@ def _execute(
         elapsed_s=time.monotonic() - began,
         device=where,
         postponed=int(summary.get("postponed", 0)),
+        walls=phase_walls(store.folder),
         waived=waivers.judge(waivers.of_suites(registry.suites()[n] for n in summary["suites"]), records),
     )
     print(screen)
@@ -425,7 +426,8 @@ def find_run(run: str, out: Path) -> Path:
 
 def show_run(run: str, out: Path, failed: bool, case_hash: str | None, fmt: str) -> int:
     """``vbench show``. ``fmt``: ``table`` and ``markdown`` summarise, ``csv`` a row a record, ``json`` the records."""
-    records = read_records(find_run(run, out))
+    path = find_run(run, out)
+    records = read_records(path)
     if failed:
         records = [r for r in records if r.outcome not in EXCUSED]
     if case_hash is not None:
@@ -453,7 +455,10 @@ def show_run(run: str, out: Path, failed: bool, case_hash: str | None, fmt: str)
     parts += [report.searched(records)] if any(r.kind == "fuzz" for r in records) else []
     parts += [report.compiled(records)] if any(r.kind == "compile" for r in records) else []
     parts += [report.timings(records, attainer(records))] if any(r.measurements for r in records) else []
-    print("\n\n".join(report.table(part, fmt) for part in parts) or "nothing that makes a table")
+    parts += [report.seconds(records)] if any(r.elapsed_s for r in records) else []
+    texts = [report.table(part, fmt) for part in parts]
+    texts += [f"time: {spent.line(records, *phase_walls(path))}"] if any(r.elapsed_s for r in records) else []
+    print("\n\n".join(texts) or "nothing that makes a table")
     return 0
 
 

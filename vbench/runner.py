@@ -246,7 +246,7 @@ class Run:
             else:
                 checks.setdefault((job.backend, job.compiles), []).append(job)
         try:
-            with ThreadPoolExecutor(max_workers=self.parallel) as pool:
+            with self._phase("checks", bool(checks)), ThreadPoolExecutor(max_workers=self.parallel) as pool:
                 # Long lists first, so that no backend is left alone at the end.
                 ordered = sorted(checks.items(), key=lambda item: -len(item[1]))
                 futures = [
@@ -261,15 +261,31 @@ class Run:
                 except BaseException:
                     self._abort()
                     raise
-            # Ours first: of a run that is cut off they are worth most.
-            for name, jobs in sorted(times.items(), key=lambda item: item[1][0].role != "own"):
-                self._backend(name, iter(jobs))
+            with self._phase("timing", bool(times)):
+                # Ours first: of a run that is cut off they are worth most.
+                for name, jobs in sorted(times.items(), key=lambda item: item[1][0].role != "own"):
+                    self._backend(name, iter(jobs))
         except BaseException:
             self._abort()
             raise
         if len(self.records) != len(self.jobs):
             raise AssertionError(f"{len(self.jobs)} jobs left {len(self.records)} records")
         return self.records
+
+    @contextlib.contextmanager
+    def _phase(self, name: str, anything: bool) -> Iterator[None]:
+        """Note how long a phase takes, however it ends; one without jobs is none."""
+        if not anything:
+            yield
+            return
+        self.store.phase(name)
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            # A failing disk may be why it ends, and must not hide the first error.
+            with contextlib.suppress(DataError):
+                self.store.phase(name, time.monotonic() - began)
 
     def _abort(self) -> None:
         """End every worker. First, and before anything that may take long, their jobs are withdrawn: whoever waits for
