@@ -1,7 +1,7 @@
 """Suite ``fp4``: the codec and the linear layer on 4-bit weights.
 
 Check cases are small, since they also run interpreted and simulated on a CPU; those of 512 rows or columns exist for
-the metrics (accuracy by distribution and shape) that claims and docs/accuracy.md read.
+the metrics (accuracy by distribution and shape) that claims and docs/accuracy.md read, and are not interpreted.
 """
 
 from __future__ import annotations
@@ -68,6 +68,14 @@ def _quantize_checks() -> tuple[Case, ...]:
         op.case(fmt="nvfp4", dist="nan", n=2, k=16),
         op.case(fmt="absmax7_tensor", dist="inf", n=2, k=16),
         op.case(fmt="nvfp4", dist="trained", n=128, k=128),
+        *_metric_checks(),
+    )
+
+
+def _metric_checks() -> tuple[Case, ...]:
+    """What claims and docs/accuracy.md read of a codec: by distribution, by columns, of weights that were trained."""
+    op = FP4_QUANTIZE
+    return (
         *(
             op.case(fmt=fmt, w="fp32", dist=dist, n=METRIC_SIZE, k=METRIC_SIZE)
             for fmt, dist in product(ENCODINGS, METRIC_DISTRIBUTIONS)
@@ -193,6 +201,7 @@ SUITE = Suite(
     ),
     searched=(Generated("vbench.suites.strategies:large_fp4_linear_cases", (0, 0, 0), COMPILED_FOR, "cuda"),),
     benches=_benches(),
+    native=frozenset(_metric_checks()),
     regressions=REGRESSIONS,
     waivers=WAIVERS,
 )

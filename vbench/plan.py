@@ -38,6 +38,7 @@ class Job:
     """One case on one backend: leaves exactly one Record. ``compiles``: by a worker in the place ``compile``.
 
     ``thorough`` consults every one of ``check.ORACLES`` but those in ``off``; without it the costly ones are left out.
+    ``native``: checked only where the backend computes natively, neither interpreted nor simulated.
     ``first``: a timed case is there for this kernel, so that a limit of rows takes it before the op's others.
     """
 
@@ -54,6 +55,7 @@ class Job:
     compiles: bool = False
     thorough: bool = False
     off: tuple[str, ...] = ()
+    native: bool = False
     first: bool = False
 
     @property
@@ -209,6 +211,7 @@ def plan(
                                 DEADLINE_S["check"],
                                 thorough=beyond,
                                 off=("battery",) if beyond else (),
+                                native=case in suite.native,
                             )
                         )
         if not (timing and info.timed):

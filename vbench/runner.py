@@ -388,6 +388,9 @@ class Run:
         if job.kind == "time" and probe is not None and probe.reason != "native":
             detail = f"{probe.reason} here: run for its meaning, never for its speed"
             return self._record(job, Outcome.UNAVAILABLE, "needs_cuda", detail)
+        if job.native and probe is not None and probe.reason != "native":
+            detail = f"{probe.reason} here, and the case is too large for that; checked on a GPU"
+            return self._record(job, Outcome.UNAVAILABLE, "needs_cuda", detail)
         request: dict[str, Any] = {
             "kind": job.kind,
             "op": job.op,

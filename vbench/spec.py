@@ -340,6 +340,8 @@ class Suite:
     """Which cases to try. Fixed check cases are the ones no random draw may be trusted to hit.
 
     Args:
+        native: those of ``checks`` that have too many elements for an interpreter or a simulator: they are there for
+            their metrics, and smaller ones of each kind beside them.
         compiles: it also holds every configuration that the backends compile to (the ahead-of-time gate).
         searched: strategies that only ``vbench fuzz`` draws from, besides ``generated``.
         regressions: ``package:file`` of cases that once failed, tried before all others (``vbench.regressions``).
@@ -353,6 +355,7 @@ class Suite:
     benches: tuple[BenchCase, ...] = ()
     compiles: bool = False
     searched: tuple[Generated, ...] = ()
+    native: frozenset[Case] = frozenset()
     regressions: str = ""
     waivers: str = ""
 
