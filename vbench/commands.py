@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vbench import environment, registry, report, selftest, simulate, spec, waivers
+from vbench import environment, registry, report, selftest, simulate, spec, spent, waivers
 from vbench.backend import Device
 from vbench.claims import Claim, Ledger, arithmetic_metrics, load_ledger, stated_digest
 from vbench.errors import DataError, UsageError
@@ -32,6 +32,7 @@ from vbench.store import (
     RunStore,
     load_records,
     new_run_id,
+    phase_walls,
     read_records,
     read_summary,
     start_counts,
@@ -332,6 +333,7 @@ def _execute(
         elapsed_s=time.monotonic() - began,
         device=where,
         postponed=int(summary.get("postponed", 0)),
+        walls=phase_walls(store.folder),
         waived=waivers.judge(waivers.of_suites(registry.suites()[n] for n in summary["suites"]), records),
     )
     print(screen)
@@ -449,6 +451,7 @@ def run_records(run: str, out: Path) -> Loaded:
 
 def show_run(run: str, out: Path, failed: bool, case_hash: str | None, fmt: str) -> int:
     """``vbench show``. ``fmt``: ``table`` and ``markdown`` summarise, ``csv`` a row a record, ``json`` the records."""
+    path = find_run(run, out)
     records: Sequence[Record] = run_records(run, out).records
     if failed:
         records = [r for r in records if r.outcome not in EXCUSED]
@@ -477,7 +480,10 @@ def show_run(run: str, out: Path, failed: bool, case_hash: str | None, fmt: str)
     parts += [report.searched(records)] if any(r.kind == "fuzz" for r in records) else []
     parts += [report.compiled(records)] if any(r.kind == "compile" for r in records) else []
     parts += [report.timings(records, attainer(records))] if any(r.measurements for r in records) else []
-    print("\n\n".join(report.table(part, fmt) for part in parts) or "nothing that makes a table")
+    parts += [report.seconds(records)] if any(r.elapsed_s for r in records) else []
+    texts = [report.table(part, fmt) for part in parts]
+    texts += [f"time: {spent.line(records, *phase_walls(path))}"] if any(r.elapsed_s for r in records) else []
+    print("\n\n".join(texts) or "nothing that makes a table")
     return 0
 
 

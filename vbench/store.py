@@ -21,6 +21,7 @@ from vbench.record import Outcome, Record
 
 RECORDS = "records.jsonl"
 STARTED = "started.jsonl"
+PHASES = "phases.jsonl"
 RUN_FILE = "run.json"
 
 
@@ -37,7 +38,8 @@ class RunStore:
 
     ``records.jsonl`` holds what ended. ``started.jsonl`` holds one line ``{"started": [kind, case, backend, variant]}``
     before each job that goes to a worker, and ``{"withdrawn": [...]}`` for one that an orderly interruption ended, so
-    that a later run can tell which jobs were in flight when the harness itself was killed.
+    that a later run can tell which jobs were in flight when the harness itself was killed. ``phases.jsonl`` holds two
+    lines for each phase of each process of the run, ``{"began": NAME}`` and ``{"ended": NAME, "wall_s": SECONDS}``.
 
     Args:
         folder: made here, or with ``resume`` opened again.
@@ -90,6 +92,20 @@ class RunStore:
     def withdrawn(self, key: Key) -> None:
         """Note that a started job was ended by the user and is not to blame. Raises DataError as ``append`` does."""
         self._write(self._started_fd, json.dumps({"withdrawn": key}), self.folder / STARTED)
+
+    def phase(self, name: str, wall_s: float | None = None) -> None:
+        """Note that a phase of this process began, or ended after ``wall_s``. Raises DataError as ``append`` does."""
+        path = self.folder / PHASES
+        body = {"began": name} if wall_s is None else {"ended": name, "wall_s": wall_s}
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}; the records before it are kept") from None
+        try:
+            cut_torn_line(fd)
+            self._write(fd, json.dumps(body), path)
+        finally:
+            os.close(fd)
 
     def _write(self, fd: int, line: str, path: Path) -> None:
         data = (line + "\n").encode()
@@ -166,6 +182,33 @@ def start_counts(folder: Path) -> Counter[Key]:
     return counts
 
 
+def phase_walls(folder: Path) -> tuple[dict[str, float], bool]:
+    """Phase -> seconds by the clock on the wall, over all processes of a run that ended; and whether one did not.
+
+    A folder from before phases were noted has none.
+
+    Raises:
+        DataError: a whole line of ``phases.jsonl`` is none of the two that are written (file and line named).
+    """
+    path = folder / PHASES
+    walls: dict[str, float] = {}
+    under_way = 0
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            continue  # torn; the next process cuts it off
+        try:
+            body = json.loads(line)
+            if "began" in body:
+                under_way += 1
+            else:
+                walls[str(body["ended"])] = walls.get(str(body["ended"]), 0.0) + float(body["wall_s"])
+                under_way -= 1
+        except (ValueError, TypeError, KeyError):
+            raise DataError(f"{path}:{number}: neither a phase that began nor one that ended") from None
+    return walls, under_way > 0
+
+
 def read_summary(folder: Path) -> dict[str, Any]:
     """What ``run.json`` of a run's folder says.
 
@@ -189,7 +232,7 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         if (path / RECORDS).is_file():
             return [path / RECORDS]
-        return [p for p in sorted(path.rglob("*.jsonl")) if p.name != STARTED]
+        return [p for p in sorted(path.rglob("*.jsonl")) if p.name not in (STARTED, PHASES)]
     if path.is_file():
         return [path]
     raise DataError(f"{path}: no such file or folder of records")
