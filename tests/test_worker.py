@@ -14,6 +14,7 @@ from vbench import timing
 from vbench.monitor import NoMonitor
 from vbench.plan import BATTERY
 from vbench.record import Outcome
+from vbench.reference.ops.attention import ATTENTION
 from vbench.reference.ops.fp4 import FP4_DEQUANTIZE
 from vbench.spec import Numerics, resolve
 from vbench.worker import Result, Worker
@@ -133,3 +134,16 @@ def test_nvml_peak_or_its_reason(
     # A launch that returns new tensors has them in the allocator's count already.
     worker._peaks(lambda: out, out, watch, result)
     assert result.peak_bytes == 64
+
+
+def test_small_oracles_of_a_gpus_checks_run_on_the_host() -> None:
+    """The same answer from copies; large cases, and inputs that are no tensors, stay where they are."""
+    worker = Worker(BATTERY, "vbench-kernels", "cpu")
+    small, large = (ATTENTION.case(b=1, hq=2, hk=2, sq=n, sk=n, d=64) for n in (16, 600))
+    inputs = resolve(ATTENTION.inputs)(small, "cpu")
+    assert worker._for_oracle(ATTENTION, small, inputs) is inputs
+    worker.device = "cuda"
+    copied = worker._for_oracle(ATTENTION, small, inputs)
+    assert copied is not inputs and all(torch.equal(copied[n], t) for n, t in inputs.items())
+    assert worker._for_oracle(ATTENTION, large, inputs) is inputs
+    assert worker._for_oracle(ATTENTION, small, {"trace": [1]}) == {"trace": [1]}

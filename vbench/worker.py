@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import signal
@@ -30,6 +31,10 @@ from vbench.spec import Case, Expected, Law, Numerics, Op, resolve
 
 #: Rows of a timed case compared with the oracle; check cases are compared whole.
 TIMED_ROWS = 256
+
+#: Up to so many operations the oracle of a check runs on the host: there a few milliseconds, on a GPU that many workers
+#: share hundreds of launches, each of which waits for theirs.
+HOST_FLOPS = 3e7
 
 #: Declared numerics an own kernel may have: nothing coarser than fp32 sums counts as correct.
 OWN_ACCUMULATE = ("fp32", "fp64", "tensor_core", "int32")
@@ -205,7 +210,14 @@ class Worker:
         self, op: Op, case: Case, numerics: Numerics, max_rows: int | None
     ) -> tuple[dict[str, Any], dict[str, Expected]]:
         inputs = resolve(op.inputs)(case, self.device)
-        return inputs, resolve(op.oracle)(case, inputs, numerics, max_rows)
+        return inputs, resolve(op.oracle)(case, self._for_oracle(op, case, inputs), numerics, max_rows)
+
+    def _for_oracle(self, op: Op, case: Case, inputs: dict[str, Any]) -> dict[str, Any]:
+        """``inputs``, copied to the host where they are small tensors on a GPU; the answer is then there, too."""
+        small = op.flops is not None and op.flops(case) <= HOST_FLOPS
+        if self.device == "cpu" or not small or not all(hasattr(t, "data_ptr") for t in inputs.values()):
+            return inputs
+        return {name: t.cpu() for name, t in inputs.items()}
 
     def _measure(
         self,
@@ -258,7 +270,9 @@ class Worker:
         result.error = asdict(judged.error) if judged.error is not None else None
         shaped = judged.outcome not in (Outcome.WRONG_SHAPE, Outcome.WRONG_DTYPE)
         if op.metrics is not None and shaped and (op.metrics_when_timed or not timed):
-            result.metrics = resolve(op.metrics)(case, inputs, outputs, expected)
+            given = inputs if timed else self._for_oracle(op, case, inputs)
+            there = outputs if given is inputs else {name: t.cpu() for name, t in outputs.items()}
+            result.metrics = resolve(op.metrics)(case, given, there, expected)
         for old, new in zip(before, check.tensors_of(inputs), strict=True):
             if "inputs_unchanged" not in off and not check.same_bits(old, new):
                 result.outcome, result.reason = Outcome.MUTATED_INPUT, "input_changed"
@@ -374,8 +388,9 @@ class Worker:
         result: Result,
     ) -> None:
         """The checks of ``check.EXTRA``, each of which costs a draw or a launch; the first that fails ends them."""
+        other = functools.cache(lambda: self._expected(op, replace(case, seed=case.seed + 1), kernel.numerics, None))
         if "battery" not in off:
-            _, previous = self._expected(op, replace(case, seed=case.seed + 1), kernel.numerics, None)
+            _, previous = other()
             survivors, excused = check.trivial_survivors(inputs, expected, previous)
             if excused:
                 result.metrics = {**(result.metrics or {}), "degenerate": float(len(excused))}
@@ -398,7 +413,7 @@ class Worker:
                     result.reason, result.detail = needed, f"{law.name}: {found}"
                     return
         if "rebind" not in off:
-            self._rebind(op, case, kernel, inputs, out, off, result)
+            self._rebind(kernel, inputs, out, *other(), off, result)
 
     def _broken(
         self,
@@ -417,7 +432,8 @@ class Worker:
         """
         expected = shapes
         if expected is None:
-            expected = resolve(op.oracle)(law.case, law.inputs, kernel.numerics, None)
+            given = self._for_oracle(op, law.case, law.inputs)
+            expected = resolve(op.oracle)(law.case, given, kernel.numerics, None)
         inputs, out, _ = _fenced(law.inputs, self._outputs(expected, off), off)
         outputs, _ = self._launched(kernel.bind(inputs, out), out)
         if law.broken is not None:
@@ -427,20 +443,21 @@ class Worker:
 
     def _rebind(
         self,
-        op: Op,
-        case: Case,
         kernel: Kernel,
         inputs: dict[str, Any],
         out: dict[str, Any],
+        fresh: dict[str, Any],
+        expected: Mapping[str, Expected],
         off: frozenset[str],
         result: Result,
     ) -> None:
         """The same addresses with other values, bound anew: what a kernel remembers by address is stale.
 
         Cases whose next draw has other shapes or values that are no tensors are left out.
+
+        Args:
+            fresh, expected: another draw of the case, and its answer.
         """
-        other = replace(case, seed=case.seed + 1)
-        fresh, expected = self._expected(op, other, kernel.numerics, None)
         plain = all(hasattr(v, "shape") for v in inputs.values())
         if not plain or any(inputs[n].shape != fresh[n].shape for n in inputs):
             return
