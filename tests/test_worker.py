@@ -146,4 +146,10 @@ def test_small_oracles_of_a_gpus_checks_run_on_the_host() -> None:
     copied = worker._for_oracle(ATTENTION, small, inputs)
     assert copied is not inputs and all(torch.equal(copied[n], t) for n, t in inputs.items())
     assert worker._for_oracle(ATTENTION, large, inputs) is inputs
-    assert worker._for_oracle(ATTENTION, small, {"trace": [1]}) == {"trace": [1]}
+    traced = {"trace": [1]}
+    assert worker._for_oracle(ATTENTION, small, traced) is traced
+    # An op that counts no operations is judged by its elements.
+    for n, there in ((4, False), (1 << 12, True)):
+        case = FP4_DEQUANTIZE.case(fmt="absmax7_row", n=n, k=1 << 10, y="fp32")
+        weight = resolve(FP4_DEQUANTIZE.inputs)(case, "cpu")
+        assert (worker._for_oracle(FP4_DEQUANTIZE, case, weight) is weight) == there

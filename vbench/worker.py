@@ -32,9 +32,9 @@ from vbench.spec import Case, Expected, Law, Numerics, Op, resolve
 #: Rows of a timed case compared with the oracle; check cases are compared whole.
 TIMED_ROWS = 256
 
-#: Up to so many operations the oracle of a check runs on the host: there a few milliseconds, on a GPU that many workers
-#: share hundreds of launches, each of which waits for theirs.
-HOST_FLOPS = 3e7
+#: Up to so many operations, or elements where an op counts none, the oracle of a check runs on the host: there a few
+#: milliseconds, on a GPU that many workers share hundreds of launches, each of which waits for theirs.
+HOST_FLOPS, HOST_ELEMENTS = 3e7, 1e6
 
 #: Declared numerics an own kernel may have: nothing coarser than fp32 sums counts as correct.
 OWN_ACCUMULATE = ("fp32", "fp64", "tensor_core", "int32")
@@ -214,8 +214,10 @@ class Worker:
 
     def _for_oracle(self, op: Op, case: Case, inputs: dict[str, Any]) -> dict[str, Any]:
         """``inputs``, copied to the host where they are small tensors on a GPU; the answer is then there, too."""
-        small = op.flops is not None and op.flops(case) <= HOST_FLOPS
-        if self.device == "cpu" or not small or not all(hasattr(t, "data_ptr") for t in inputs.values()):
+        if self.device == "cpu" or not all(hasattr(t, "data_ptr") for t in inputs.values()):
+            return inputs
+        elements = sum(t.numel() for t in inputs.values())
+        if elements > HOST_ELEMENTS if op.flops is None else op.flops(case) > HOST_FLOPS:
             return inputs
         return {name: t.cpu() for name, t in inputs.items()}
 
