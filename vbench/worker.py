@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -79,6 +79,7 @@ class Worker:
         self._available: Any = None
         self._monitor: Monitor | NoMonitor | None = None
         self._open: blocks.OpenCell | None = None
+        self._laws: dict[str, Callable[[Case, dict[str, Any]], Iterable[Law]]] = {}
         self._last = LastDraw(self.device)
         self._configurations: dict[str, Configuration] | None = None
 
@@ -401,7 +402,10 @@ class Worker:
                 result.detail = f"the comparison lets {', '.join(survivors)} pass too"
                 return
         if make is not None and not {"laws", "batch_invariance"} <= off:
-            for law in registry.laws_of(op.name)(case, inputs):
+            if op.name not in self._laws:
+                # Once: finding entry points reads the metadata of everything installed.
+                self._laws[op.name] = registry.laws_of(op.name)
+            for law in self._laws[op.name](case, inputs):
                 needed = "batch_invariance" if law.declared == "batch_invariant" else "laws"
                 if needed in off or not law.binds(kernel):
                     continue
