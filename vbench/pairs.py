@@ -339,6 +339,7 @@ class PairRunner:
                 "error": ErrorStats(**{**error, "at": tuple(error["at"])}) if error else None,
                 "prepare_s": answer.get("prepare_s"),
                 "numerics": answer.get("numerics") or {},
+                "choice": answer.get("choice") or {},
                 "sources": answer.get("sources") or "",
                 "elapsed_s": answer.get("elapsed_s") or 0.0,
             }
