@@ -181,8 +181,17 @@ def _extended_checks() -> tuple[Case, ...]:
 
 #: The FlashAttention papers' sweep: 16384 tokens a batch, hidden size 2048.
 TOKENS, HIDDEN = 16384, 2048
-LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-STANDARD_LENGTHS = (1024, 4096, 16384)
+#: The lengths that speed is asked for at, in the order in which a limited run takes them: what fits on a few
+#: rows then says something of short and of long sequences.
+STANDARD_LENGTHS = (4096, 1024, 16384, 512, 8192, 2048)
+LENGTHS = (*STANDARD_LENGTHS, 256, 128)
+#: Shortest length at which the backward is timed.
+BACKWARD_FROM = 512
+#: Ours, and the best there is elsewhere.
+CONTENDERS = ("triton", "torch_native[sdpa_cudnn]", "flash_attn_4")
+#: Timed at one length unless the effort is full: several times slower than the contenders at every length.
+SLOW = ("as_written", "numba_cuda", "torch_native[sdpa_math]", "torch_native[sdpa_efficient]")
+SLOW_LENGTH = 4096
 PAPERS = "FlashAttention-2 and -3 papers, section on speed: 16k tokens, hidden dimension 2048"
 LLAMA3 = (
     "Llama-3-8B (meta-llama/Meta-Llama-3-8B config.json: num_attention_heads=32, num_key_value_heads=8), 16k tokens"
@@ -191,22 +200,26 @@ LLAMA3 = (
 
 def _benches() -> tuple[BenchCase, ...]:
     out: list[BenchCase] = []
+
+    def add(case: Case, source: str, effort: Effort, s: int) -> None:
+        out.append(BenchCase(case, source, effort, first=CONTENDERS, later=() if s == SLOW_LENGTH else SLOW))
+
     for s, causal in product(LENGTHS, ("none", "bottom_right")):
-        effort: Effort = "quick" if s == 4096 else "standard"
+        effort: Effort = "quick" if s == 4096 else "standard" if s in STANDARD_LENGTHS else "full"
         for d in (64, 128):
             heads = HIDDEN // d
             sizes: dict[str, int] = {"b": TOKENS // s, "hq": heads, "hk": heads, "sq": s, "sk": s, "d": d}
-            out.append(BenchCase(op.case(causal=causal, **sizes), PAPERS, effort if s in STANDARD_LENGTHS else "full"))
-            if s >= STANDARD_LENGTHS[0]:
+            add(op.case(causal=causal, **sizes), PAPERS, effort, s)
+            if s >= BACKWARD_FROM:
                 # Of the backward, quick times the pair at head dim 128.
                 own: Effort = "standard" if effort == "quick" and d == 64 else effort
-                out.append(
-                    BenchCase(backward.case(causal=causal, **sizes), PAPERS, own if s in STANDARD_LENGTHS else "full")
-                )
+                add(backward.case(causal=causal, **sizes), PAPERS, own, s)
+    for s, causal in product(LENGTHS, ("none", "bottom_right")):
         grouped: dict[str, int] = {"b": TOKENS // s, "hq": 32, "hk": 8, "sq": s, "sk": s, "d": 128}
         for kind in (op, backward):
-            if kind is op or s >= STANDARD_LENGTHS[0]:
-                out.append(BenchCase(kind.case(causal=causal, **grouped), LLAMA3, "standard" if s == 4096 else "full"))
+            if kind is op or s >= BACKWARD_FROM:
+                effort = "standard" if s == 4096 else "full"
+                out.append(BenchCase(kind.case(causal=causal, **grouped), LLAMA3, effort, later=SLOW))
     return tuple(out)
 
 

@@ -1,7 +1,7 @@
 """Suite ``fp4``: the codec and the linear layer on 4-bit weights.
 
 Check cases are small, since they also run interpreted and simulated on a CPU; those of 512 rows or columns exist for
-the metrics (accuracy by distribution and shape) that claims and docs/accuracy.md read.
+the metrics (accuracy by distribution and shape) that claims and docs/accuracy.md read, and are not interpreted.
 """
 
 from __future__ import annotations
@@ -68,6 +68,14 @@ def _quantize_checks() -> tuple[Case, ...]:
         op.case(fmt="nvfp4", dist="nan", n=2, k=16),
         op.case(fmt="absmax7_tensor", dist="inf", n=2, k=16),
         op.case(fmt="nvfp4", dist="trained", n=128, k=128),
+        *_metric_checks(),
+    )
+
+
+def _metric_checks() -> tuple[Case, ...]:
+    """What claims and docs/accuracy.md read of a codec: by distribution, by columns, of weights that were trained."""
+    op = FP4_QUANTIZE
+    return (
         *(
             op.case(fmt=fmt, w="fp32", dist=dist, n=METRIC_SIZE, k=METRIC_SIZE)
             for fmt, dist in product(ENCODINGS, METRIC_DISTRIBUTIONS)
@@ -132,22 +140,31 @@ BENCH_SHAPES = {
     (4096, 4096): f"q_proj, o_proj of {LLAMA3}",
 }
 BENCH_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+#: The shapes that speed is asked for at, in every format.
+STANDARD_SHAPES = ((14336, 4096), (4096, 14336))
+#: Formats that effort quick and the codec's timings take at standard.
 STANDARD_FORMATS = ("absmax7_row", "absmax7_g128", "nvfp4")
+#: Ours, and what a linear layer costs that keeps its weight in 16 bits.
+CONTENDERS = ("triton", "torch_native[cublas_bf16]")
+#: Compiled anew for each number of tokens, three seconds a row.
+COMPILED = ("torch_native[torch_compile]",)
+#: Slower than the contenders at every number of tokens.
+SLOW = (*COMPILED, "torch_native[eager_dequant]", "as_written", "numba_cuda")
 
 
-def _linear_effort(fmt: str, n: int, k: int, m: int) -> Effort:
-    """quick: a taste. standard: one shape whole, another where decoding happens. full: everything."""
-    decoding = m in (1, 4, 16)
-    if (n, k) == (14336, 4096) and fmt in STANDARD_FORMATS:
-        return "quick" if m in (1, 16, 1024) and fmt != "absmax7_g128" else "standard"
-    if (n, k) == (14336, 4096) and decoding:  # the document's own granularity, one scale a tensor
-        return "standard"
-    return "standard" if (n, k) == (4096, 14336) and decoding and fmt in ("nvfp4", "absmax7_row") else "full"
+def _linear(fmt: str, n: int, k: int, m: int, source: str) -> BenchCase:
+    """quick: a taste, where every kernel is timed. standard: two shapes whole. full: every shape, every kernel."""
+    case = FP4_LINEAR.case(fmt=fmt, x="bf16", m=m, n=n, k=k)
+    claimed = (n, k) == (14336, 4096)
+    if claimed and fmt in ("absmax7_row", "nvfp4") and m in (1, 16, 1024):
+        return BenchCase(case, source, "quick", first=CONTENDERS)
+    later = COMPILED if claimed and m in (1, 4, 16) else SLOW
+    return BenchCase(case, source, "standard" if (n, k) in STANDARD_SHAPES else "full", first=CONTENDERS, later=later)
 
 
 def _benches() -> tuple[BenchCase, ...]:
     linear = (
-        BenchCase(FP4_LINEAR.case(fmt=fmt, x="bf16", m=m, n=n, k=k), source, _linear_effort(fmt, n, k, m))
+        _linear(fmt, n, k, m, source)
         for (n, k), source in BENCH_SHAPES.items()
         for m in BENCH_TOKENS
         for fmt in FORMATS
@@ -155,7 +172,7 @@ def _benches() -> tuple[BenchCase, ...]:
     n, k = 14336, 4096
     # What a reader calls standard PyTorch may be fp32 or fp16: baselines for ratios that name their dtype.
     wider = (
-        BenchCase(FP4_LINEAR.case(fmt="nvfp4", x=x, m=m, n=n, k=k), BENCH_SHAPES[n, k], "standard")
+        BenchCase(FP4_LINEAR.case(fmt="nvfp4", x=x, m=m, n=n, k=k), BENCH_SHAPES[n, k], "standard", later=COMPILED)
         for x in ("fp16", "fp32")
         for m in (1, 4, 16)
     )
@@ -184,6 +201,7 @@ SUITE = Suite(
     ),
     searched=(Generated("vbench.suites.strategies:large_fp4_linear_cases", (0, 0, 0), COMPILED_FOR, "cuda"),),
     benches=_benches(),
+    native=frozenset(_metric_checks()),
     regressions=REGRESSIONS,
     waivers=WAIVERS,
 )

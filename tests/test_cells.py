@@ -76,6 +76,9 @@ def test_runs_and_sources_are_not_mixed() -> None:
         cells.of_records([], OPS)
     with pytest.raises(DataError, match="different sources"):
         cells.of_records([record(Outcome.PASSED, 1), record(Outcome.PASSED, 2, sources="sha256:then")], OPS)
+    told = record(Outcome.PASSED, 1)
+    kept = cells.of_records([told, record(Outcome.OUT_OF_MEMORY, 2, sources="")], OPS)
+    assert [sources for ops in kept.sources.values() for sources in ops.values()] == [told.sources]
 
 
 def test_the_command_shows_keeps_and_judges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

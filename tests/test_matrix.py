@@ -30,7 +30,7 @@ def test_no_cell_is_a_hole(tables: list[survey.Table]) -> None:
     }
     # A peer that is not installed says so; ours must be here.
     absent = {cell["kernel"].partition("[")[0] for cell in cells if cell["answer"] == "unavailable"}
-    assert absent <= {"accelerate", "bitsandbytes", "deepspeed", "flash_attn_3", "flash_attn_4", "torchao"}
+    assert absent <= {"accelerate", "bitsandbytes", "deepspeed", "flash_attn_3", "flash_attn_4", "gemlite", "torchao"}
 
 
 def test_the_documents_copy_is_generated(tables: list[survey.Table]) -> None:

@@ -6,6 +6,7 @@ tested is the journal; one test uses real workers.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -24,8 +25,9 @@ from tests import plugins
 from vbench import runner, sources, store
 from vbench.cli import main
 from vbench.errors import DataError
-from vbench.record import Outcome, Record
-from vbench.runner import Failure
+from vbench.plan import Job
+from vbench.record import Kind, Outcome, Record
+from vbench.runner import Failure, no_arithmetic
 from vbench.store import RECORDS, RUN_FILE, STARTED, RunStore, cut_torn_line, read_records, start_counts
 
 #: ``python -c DRIVER POINT N LOG ARGUMENTS``: vbench with instant workers, dying by SIGKILL at the N-th POINT.
@@ -79,7 +81,7 @@ DRIVER = textwrap.dedent("""
         def kill(self):
             pass
 
-        close = kill
+        close = end = kill
 
     store.RunStore._write = write
     runner.WorkerProcess = Worker
@@ -262,7 +264,7 @@ class InstantWorker:
     def kill(self) -> None:
         pass
 
-    close = kill
+    close = end = kill
 
 
 LIGHT = """
@@ -386,6 +388,66 @@ def test_an_interrupt_blames_no_job(unfinished: Path, monkeypatch: pytest.Monkey
     assert text.count("withdrawn") >= 3
     assert resume(unfinished) == 0
     assert all(r.reason != "in_flight_when_killed" for r in read_records(unfinished))
+
+
+@pytest.mark.parametrize("kind", ["check", "time"])
+def test_jobs_are_withdrawn_before_anyone_waits_for_a_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    """A worker that takes long to die, and a harness that is killed meanwhile: the journal is already right.
+
+    Checks run in threads, timed jobs in the main one. The control is a run that nobody ends: nothing is withdrawn.
+    """
+    folder = tmp_path / "run"
+    at_end: dict[str, str] = {}
+
+    class SlowToDie(InstantWorker):
+        def _note(self, what: str) -> None:
+            at_end.setdefault(what, (folder / STARTED).read_text(encoding="utf-8"))
+
+        def end(self) -> None:
+            self._note("end")
+
+        def close(self) -> None:
+            self._note("close")
+
+        kill = close
+
+    class Interrupted(SlowToDie):
+        def ask(self, request: dict[str, Any], deadline_s: float) -> dict[str, Any] | Failure:
+            raise KeyboardInterrupt
+
+    def run(worker: type[InstantWorker]) -> None:
+        at_end.clear()
+        monkeypatch.setattr(runner, "WorkerProcess", worker)
+        job = Job(kind, "s", "c", "o", "b", "", "own", 1.0)
+        with contextlib.closing(RunStore(folder, {}, resume=folder.exists())) as journal:
+            starts = start_counts(folder)
+            runner.Run("r", [job], {}, "cuda", journal, no_arithmetic, 2, lambda record: None, starts=starts).execute()
+
+    for _ in range(runner.MOST_STARTS + 1):
+        with pytest.raises(KeyboardInterrupt):
+            run(Interrupted)
+        assert set(at_end) == {"end", "close"}
+        for text in at_end.values():
+            assert text.count("withdrawn") == text.count("started") > 0
+    run(SlowToDie)
+    assert set(at_end) == {"close"}
+    text = at_end["close"]
+    assert text.count("started") == text.count("withdrawn") + 1
+
+
+def test_an_ended_worker_starts_no_more(tmp_path: Path) -> None:
+    """The control is ``kill``, after which the next request starts a new one."""
+    worker = runner.WorkerProcess(None, "cpu", tmp_path / "log", 1)
+    worker.begin()
+    worker.kill()
+    worker.begin()
+    assert worker._process is not None
+    worker.end()
+    worker.close()
+    answer = worker.ask({"kind": "probe"}, 1.0)
+    assert isinstance(answer, Failure) and answer.reason == "ended"
 
 
 # the store

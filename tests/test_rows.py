@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -11,10 +14,12 @@ from hypothesis import strategies as st
 
 from vbench import commands, registry, survey
 from vbench.cli import main
-from vbench.judge import may_rest_on
-from vbench.plan import EFFORTS, Job
+from vbench.judge import case_params, may_rest_on
+from vbench.plan import EFFORTS, Job, plan
 from vbench.record import Measurement, Outcome, Record
-from vbench.rows import MOST_ROWS, WORKER_START_S, estimate_s, within_limit
+from vbench.reference.ops.fp4 import FORMATS
+from vbench.rows import MOST_ROWS, WORKER_START_S, Limited, estimate_s, within_limit
+from vbench.spec import Suite
 
 
 def job(case: int, backend: str, kind: Any = "time", op: str = "") -> Job:
@@ -67,32 +72,152 @@ def test_ops_take_turns() -> None:
     assert [j.case for j in found.rows] == ["many[n=0]", "many[n=1]", "few[n=0]", "few[n=1]"]
 
 
+def test_of_an_op_what_a_case_is_there_for_comes_before_the_rest() -> None:
+    """The control is the same plan without the mark, of which the first case takes all the room."""
+    jobs = [job(n, backend, op="o") for n in range(4) for backend in "abcd"]
+    marked = [dataclasses.replace(j, first=j.backend in "ab") for j in jobs]
+    found = within_limit(marked, 10, lambda _: True, lambda _: False)
+    assert Counter(j.case for j in found.rows if j.backend in "ab") == dict.fromkeys((j.case for j in jobs), 2)
+    rest = [j for j in found.rows if j.backend in "cd"]
+    assert len(rest) == 2 and len({j.case for j in rest}) == 1
+    control = within_limit(jobs, 10, lambda _: True, lambda _: False)
+    assert len({j.case for j in control.rows}) == 2
+
+
+def _refuses(question: survey.Question) -> bool:
+    """Variants that name what they take; nothing else is refused."""
+    op, case_id, variant = question
+    if op == "fp4_linear" and variant.startswith("cublas_"):
+        return f",x={variant.removeprefix('cublas_')}," not in case_id
+    if op == "offload_pass" and variant == "double_buffer":
+        return "mode=train" in case_id
+    return op == "int8_linear" and variant != "" and ("act_quant=none" in case_id) != (variant == "eager_dequant")
+
+
+def _only_timed(suite: Suite) -> Suite:
+    """Without its checks, which cost draws and decide nothing of what is timed."""
+    return dataclasses.replace(suite, checks=(), generated=(), regressions="")
+
+
+def _planned(suites: list[str], effort: str, monkeypatch: pytest.MonkeyPatch) -> Limited:
+    """The plan on a GPU, no kernel refusing anything else: the worst case."""
+
+    def all_ok(infos: Any, device: str, questions: Any) -> dict[tuple[str, str, str, str], survey.Answer]:
+        assert device == "cuda"
+        return {
+            (i.name, *q): survey.Answer("unsupported" if _refuses(q) else "ok") for i in infos for q in questions(i)
+        }
+
+    monkeypatch.setattr(survey, "ask_all", all_ok)
+    timed = {name: _only_timed(suite) for name, suite in registry.suites().items()}
+    monkeypatch.setattr(registry, "suites", lambda: timed)
+    infos = registry.backends()
+    recipe = {
+        "suites": suites,
+        "backends": [i.name for i in infos.values() if i.distribution == registry.OWN_DISTRIBUTION],
+        "ops": list(registry.ops()), "effort": effort, "seed": 0, "claims": [], "device": "cuda",
+    }  # fmt: skip
+    return commands._plan(recipe, infos)[0]
+
+
+#: What a standard run of one suite is there for: op, the axes of its grid, and who must be timed on every cell.
+GRIDS: dict[str, list[tuple[str, dict[str, tuple[str, ...]], tuple[str, ...]]]] = {
+    "attention": [
+        (
+            op,
+            {
+                "d": ("64", "128"),
+                "causal": ("none", "bottom_right"),
+                "sq": ("512", "1024", "2048", "4096", "8192", "16384"),
+                "hk": ("16", "32"),
+            },
+            ("triton", "triton[gluon]", "torch_native[sdpa_cudnn]", *more),
+        )
+        for op, more in (
+            ("attention", ("flash_attn_4",)),
+            ("attention_backward", ("triton[gluon_deterministic]", "flash_attn_4[default]")),
+        )
+    ],
+    "fp4": [
+        (
+            "fp4_linear",
+            {
+                "fmt": FORMATS,
+                "x": ("bf16",),
+                "m": ("1", "4", "16", "64", "256", "1024", "4096"),
+                "n": ("4096", "14336"),
+                "k": ("4096", "14336"),
+            },
+            ("triton", "torch_native[cublas_bf16]"),
+        )
+    ],
+}
+CELLS = {"attention": 24, "attention_backward": 24, "fp4_linear": 7 * 2 * len(FORMATS)}
+
+
+@pytest.mark.parametrize("suite", GRIDS)
+def test_a_standard_run_of_one_suite_times_the_whole_grid(suite: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control is the same suite without the marks: then the limit leaves cells out."""
+
+    def timed(rows: Iterable[Job]) -> dict[tuple[str, str], set[tuple[str, ...]]]:
+        found: dict[tuple[str, str], set[tuple[str, ...]]] = {}
+        for j in rows:
+            params = case_params(j.case)[1]
+            for op, axes, kernels in GRIDS[suite]:
+                who = f"{j.backend}[{j.variant}]" if j.variant else j.backend
+                at = tuple(params.get(axis, "") for axis in axes)
+                square = "n" not in axes or params["n"] != params["k"]
+                if j.op == op and who in kernels and square and all(map(_in, at, axes.values())):
+                    found.setdefault((op, who), set()).add(at)
+        return found
+
+    planned = _planned([suite], "standard", monkeypatch)
+    assert len(planned.rows) <= 300
+    wanted = {(op, who) for op, _, kernels in GRIDS[suite] for who in kernels}
+    assert {key: len(cells) for key, cells in timed(planned.rows).items()} == {key: CELLS[key[0]] for key in wanted}
+    bare = registry.suites()[suite]
+    bare = dataclasses.replace(bare, benches=tuple(dataclasses.replace(b, first=(), later=()) for b in bare.benches))
+    monkeypatch.setattr(registry, "suites", lambda: {suite: bare})
+    control = timed(_planned([suite], "standard", monkeypatch).rows)
+    assert any(len(control.get(key, ())) < CELLS[key[0]] for key in wanted)
+
+
+def _in(value: str, admitted: tuple[str, ...]) -> bool:
+    return value in admitted
+
+
+def test_suites_name_kernels_that_exist_and_full_times_them_all() -> None:
+    infos = registry.backends()
+    known = {i.name for i in infos.values()}
+    known |= {f"{i.name}[{v}]" for i in infos.values() for variants in i.variants.values() for v in variants}
+    ours = [infos[name] for name in ("torch_native", "triton")]
+    later = 0
+    for suite in registry.suites().values():
+        for bench in suite.benches:
+            assert {*bench.first, *bench.later} <= known
+            assert not {*bench.first} & {*bench.later}
+        keys = [
+            {
+                j.key
+                for j in plan([_only_timed(suite)], ours, ops=registry.ops(), effort=effort, seed=0)
+                if j.kind == "time"
+            }
+            for effort in EFFORTS
+        ]
+        assert keys[0] <= keys[1] <= keys[2]
+        every = {b.case.id for b in suite.benches}
+        later += sum((key[1] in every) and key not in keys[1] for key in keys[2])
+    assert later, "something waits for effort full"
+
+
 @pytest.mark.parametrize("effort", EFFORTS[:2])
 def test_a_run_of_everything_on_a_gpu_stays_within_300_rows_and_keeps_what_claims_rest_on(
     effort: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worst case: no kernel refuses anything, but for variants that name what they take."""
 
-    def refuses(question: survey.Question) -> bool:
-        op, case_id, variant = question
-        if op == "fp4_linear" and variant.startswith("cublas_"):
-            return f",x={variant.removeprefix('cublas_')}," not in case_id
-        if op == "offload_pass" and variant == "double_buffer":
-            return "mode=train" in case_id
-        return op == "int8_linear" and variant != "" and ("act_quant=none" in case_id) != (variant == "eager_dequant")
-
-    def all_ok(infos: Any, device: str, questions: Any) -> dict[tuple[str, str, str, str], survey.Answer]:
-        assert device == "cuda"
-        return {(i.name, *q): survey.Answer("unsupported" if refuses(q) else "ok") for i in infos for q in questions(i)}
-
-    monkeypatch.setattr(survey, "ask_all", all_ok)
-    infos = registry.backends()
-    recipe = {
-        "suites": [name for name, suite in registry.suites().items() if not suite.compiles],
-        "backends": [i.name for i in infos.values() if i.distribution == registry.OWN_DISTRIBUTION],
-        "ops": list(registry.ops()), "effort": effort, "seed": 0, "claims": [], "device": "cuda",
-    }  # fmt: skip
-    planned, _ = commands._plan(recipe, infos)
+    suites = [name for name, suite in registry.suites().items() if not suite.compiles]
+    planned = _planned(suites, effort, monkeypatch)
     assert MOST_ROWS[effort] == 300 and 50 < len(planned.rows) <= 300  # type: ignore[index]
     needs = [c.restated for book in commands.ledgers().values() for c in book.claims if c.restated is not None]
 

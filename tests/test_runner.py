@@ -162,6 +162,22 @@ def test_a_broken_plugin_is_unavailable(
     assert exit_code(records, (), strict=False)[0] == 0
 
 
+@pytest.mark.parametrize(("mode", "outcome"), [("interpreted", "UNAVAILABLE"), ("native", "WRONG_VALUE")])
+def test_cases_too_large_for_an_interpreter_are_counted_and_left_to_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, outcome: str
+) -> None:
+    """The control is a backend that computes natively: it is held to such a case too, and found wrong."""
+    code = plugins.FAULTY.replace(repr(tuple(plugins.FAULTS)), "('zeros',)")
+    code = code.replace("Availability(usable=True)", f"Availability(usable=True, mode={mode!r})")
+    plugins.install(tmp_path, monkeypatch, "faulty", code)
+    other = FP4_LINEAR.case(fmt="nvfp4", x="fp32", m=1, n=6, k=32)
+    suite = Suite("native", "one large, one small", checks=(LINEAR, other), native=frozenset({LINEAR}))
+    records = execute(tmp_path, ["faulty"], suite)
+    found = {r.case: (r.outcome.value, r.reason) for r in records if r.kind == "check"}
+    assert found[other.id][0] == "WRONG_VALUE"
+    assert found[LINEAR.id] == (outcome, "needs_cuda" if mode == "interpreted" else found[LINEAR.id][1])
+
+
 def test_a_second_claimant_of_a_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugins.install(tmp_path, monkeypatch, "honest", plugins.HONEST, entry="triton", dist="impostor")
     found = registry.backends()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import product
 
 import pytest
@@ -164,6 +164,19 @@ def test_check_cases_are_small_but_for_the_metric_ones() -> None:
     assert len(large) == len(ENCODINGS) * (len(fp4.METRIC_DISTRIBUTIONS) + 1) + 2 + 4 + 2
     metric_sizes = ("n=512,k=512", "n=512,k=2048", "sq=256,sk=256", "item_bytes=4096")
     assert all(any(size in case.id for size in metric_sizes) for case in large)
+
+
+def test_every_kind_of_case_that_is_not_interpreted_has_one_that_is() -> None:
+    """Encoding and dtype of each; the control is a suite whose small cases lack one."""
+
+    def kinds(cases: Iterable[Case]) -> set[tuple[object, ...]]:
+        return {(c.op, c.text("fmt"), c.text("w")) for c in cases if c.op == "fp4_quantize"}
+
+    for suite in SUITES:
+        assert suite.native <= set(suite.checks)
+    small = [case for case in fp4.SUITE.checks if case not in fp4.SUITE.native]
+    assert fp4.SUITE.native and kinds(fp4.SUITE.native) <= kinds(small)
+    assert not kinds(fp4.SUITE.native) <= kinds(case for case in small if case["fmt"] != "nf4")
 
 
 @by_suite

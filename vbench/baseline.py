@@ -8,7 +8,7 @@ that the runs did not have are left as they are; one folder a machine.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,12 @@ class Change:
 
 
 def select(
-    records: Sequence[Record], texts: Sequence[Path], ledger: Ledger, current_sources: CurrentSources
+    records: Sequence[Record], texts: Mapping[Path, str], ledger: Ledger, current_sources: CurrentSources
 ) -> list[Record]:
     """The records to keep.
+
+    Args:
+        texts: documents by path; none: every timed cell is kept.
 
     Arithmetic needs no machine: its records are kept where the run was on a CPU, and left out elsewhere.
 
@@ -68,10 +71,8 @@ def select(
     if texts:
         ids = {
             r.id
-            for path in texts
-            for r in documents.evidence(
-                path.read_text(encoding="utf-8"), ledger, records, current_sources=current_sources, where=str(path)
-            )
+            for path, text in texts.items()
+            for r in documents.evidence(text, ledger, records, current_sources=current_sources, where=str(path))
         }
         # A gate needs several processes of what is gated: sides of pairs, which no document's number rests on.
         held = {(r.case, r.who) for r in records if r.id in ids and r.kind == "time"}

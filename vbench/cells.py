@@ -100,6 +100,9 @@ def of_records(records: Iterable[Record], ops: Mapping[str, Op]) -> Kept:
     ran = [r for some in found.values() for r in some if r.outcome not in DECLINED]
     sources: dict[str, dict[str, str]] = {}
     for record in ran:
+        # A worker that died, or whose memory was full, did not say what it ran.
+        if not record.sources:
+            continue
         op_name = record.case.partition("[")[0]
         if sources.setdefault(record.backend, {}).setdefault(op_name, record.sources) != record.sources:
             raise DataError(f"{record.backend} {op_name}: checks of different sources in one run")

@@ -38,6 +38,8 @@ class Job:
     """One case on one backend: leaves exactly one Record. ``compiles``: by a worker in the place ``compile``.
 
     ``thorough`` consults every one of ``check.ORACLES`` but those in ``off``; without it the costly ones are left out.
+    ``native``: checked only where the backend computes natively, neither interpreted nor simulated.
+    ``first``: a timed case is there for this kernel, so that a limit of rows takes it before the op's others.
     """
 
     kind: Kind
@@ -53,6 +55,8 @@ class Job:
     compiles: bool = False
     thorough: bool = False
     off: tuple[str, ...] = ()
+    native: bool = False
+    first: bool = False
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -73,6 +77,11 @@ def compile_probe(info: BackendInfo) -> Job:
 def is_compile(kind: str, case: str) -> bool:
     """Whether a record's job ran in the place ``compile``."""
     return kind == "compile" or (kind == "probe" and case.endswith(",place=compile]"))
+
+
+def names(kernels: Iterable[str], backend: str, variant: str) -> bool:
+    """Whether a suite's list of kernels, ``backend[variant]`` or ``backend`` for all its variants, has this one."""
+    return any(kernel in (backend, f"{backend}[{variant}]") for kernel in kernels)
 
 
 def draw(generated: Generated, count: int, seed: int, frames: Sequence[Frame] = ()) -> list[Case]:
@@ -202,6 +211,7 @@ def plan(
                                 DEADLINE_S["check"],
                                 thorough=beyond,
                                 off=("battery",) if beyond else (),
+                                native=case in suite.native,
                             )
                         )
         if not (timing and info.timed):
@@ -210,6 +220,8 @@ def plan(
             for bench in benches[suite.name]:
                 if bench.case.op in info.ops:
                     for variant in info.variants_of(bench.case.op):
+                        if effort != "full" and names(bench.later, info.name, variant):
+                            continue
                         add(
                             Job(
                                 "time",
@@ -222,6 +234,7 @@ def plan(
                                 DEADLINE_S["time"],
                                 bench.source,
                                 bench.device,
+                                first=names(bench.first, info.name, variant),
                             )
                         )
     return tuple(jobs.values())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vbench import tallies
+from vbench import spent, tallies
 from vbench.record import EXCUSED, Outcome, Record
 from vbench.spec import case_hash
 
@@ -151,6 +151,29 @@ def _count_line(records: Sequence[Record]) -> str:
     return ", ".join(f"{n} {o}" for o, n in counts.most_common())
 
 
+def seconds(records: Iterable[Record]) -> DataFrame:
+    """One row a kind and backend: seconds in workers by what they went to (``spent.Spent``), the longest first; the sum
+    last.
+    """
+    import pandas as pd
+
+    found = spent.by_backend(records)
+    rows = [
+        {
+            "kind": kind,
+            "backend": backend,
+            "jobs": one.jobs,
+            "seconds": round(one.total_s, 1),
+            "prepare": round(one.prepare_s, 1),
+            "compile": round(one.compile_s, 1),
+            "samples": round(one.samples_s, 1),
+            "rest": round(one.rest_s, 1),
+        }
+        for (kind, backend), one in [*found.items(), (("all", ""), sum(found.values(), spent.Spent()))]
+    ]
+    return pd.DataFrame(rows)
+
+
 def searched(records: Iterable[Record]) -> DataFrame:
     """One row a kernel that ``vbench fuzz`` searched."""
     import pandas as pd
@@ -201,6 +224,7 @@ def last_screen(
     device: str,
     postponed: int = 0,
     waived: Waived | None = None,
+    walls: tuple[Mapping[str, float], bool] = ({}, False),
 ) -> str:
     """At most LAST_SCREEN_LINES lines: what happened, what it means, what to do next."""
     stated = Counter(v.stated.word for v in verdicts if v.stated is not None)
@@ -241,12 +265,14 @@ def last_screen(
         lines.append(_peers_line(wrong, waived))
     if found:
         lines.append(f"subjects  {', '.join(f'{n} x {what}' for what, n in found.most_common(4))}")
-    shown = 3 if not wrong else 2
+    # After the failures: how many more there are, and the four lines at the end.
+    shown = min(3, LAST_SCREEN_LINES - len(lines) - 5)
     for r in failed[:shown]:
         lines.append(f"FAILED    {r.who} {r.outcome.value}({r.reason}) {case_hash(r.case)} {r.case}"[:200])
     if len(failed) > shown:
         lines.append(f"          and {len(failed) - shown} more: vbench show {run_id} --failed")
     lines.append(f"not run   {', '.join(f'{n} {reason}' for reason, n in missing.most_common(6)) or 'nothing'}")
+    lines.append(f"time      {spent.line(records, *walls)}")
     lines.append(f"records   {where}")
     again = (
         f"vbench repro {case_hash(failed[0].case)} --run {run_id}" if failed and failed[0].kind in REPEATABLE else ""

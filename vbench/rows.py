@@ -2,7 +2,8 @@
 
 A row is one timed case on one kernel. An effort has a limit, so that a run on a GPU ends in minutes whatever suites are
 installed: cases beyond it wait for ``--effort full``. Both sides of a ratio are kept or postponed together: of a case
-those kernels that something rests on, and then the others, are one group each.
+those kernels that something rests on, those that it is there for (``spec.BenchCase.first``), and the others are one
+group each.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from vbench.record import Record
 
 #: Most rows that an effort times; ``None``: all there are.
 MOST_ROWS: Mapping[Effort, int | None] = {"quick": 300, "standard": 300, "full": None}
+
+#: Op, case, whether something rests on its jobs, whether (of the others) the case is there for them.
+Group = tuple[str, str, bool, bool]
 
 #: Seconds from one worker's start to its first answer: interpreter, torch, a DSL.
 WORKER_START_S = 5.0
@@ -59,22 +63,24 @@ def within_limit(
         takes_slot: whether a timed job is measured here; one that is refused or unavailable is planned and not counted.
         first: whether something rests on a job; such jobs come before those on which nothing does.
 
-    Groups are taken in turn over the ops, each op's in the order of the plan, and one that does not fit is passed over.
+    Groups are taken in turn over the ops, each op's in the order of the plan but those that a case is there for before
+    its others, and one that does not fit is passed over.
     """
 
-    def group(job: Job) -> tuple[str, str, bool]:
-        return job.op, job.case, first(job)
+    def group(job: Job) -> Group:
+        rests = first(job)
+        return job.op, job.case, rests, job.first and not rests
 
-    groups: dict[tuple[str, str, bool], list[Job]] = {}
+    groups: dict[Group, list[Job]] = {}
     for job in jobs:
         if job.kind == "time":
             groups.setdefault(group(job), []).append(job)
     weight = {key: sum(map(takes_slot, some)) for key, some in groups.items()}
     left = sum(weight.values()) if most is None else most
-    kept: set[tuple[str, str, bool]] = set()
+    kept: set[Group] = set()
     for wanted in (True, False):
-        by_op: dict[str, list[tuple[str, str, bool]]] = {}
-        for key in groups:
+        by_op: dict[str, list[Group]] = {}
+        for key in sorted(groups, key=lambda key: not key[3]):
             if key[2] is wanted:
                 by_op.setdefault(key[0], []).append(key)
         for turn in zip_longest(*by_op.values()):

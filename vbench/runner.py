@@ -72,11 +72,14 @@ class WorkerProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._buffer = b""
         self._ready = False
+        self._ended = False
+        self._starting = threading.Lock()
 
     def begin(self) -> None:
         """Start the process now and do not wait for it; the first request will, for what is left of its start."""
-        if self._process is None:
-            self._start()
+        with self._starting:
+            if self._process is None and not self._ended:
+                self._start()
 
     def _start(self) -> None:
         env = {**os.environ, **self._extra, "VBENCH_WORKER_THREADS": str(self._threads), "PYTHONUNBUFFERED": "1"}
@@ -102,12 +105,14 @@ class WorkerProcess:
             start_s: of the worker's start, where it is not running yet.
         """
         self.begin()
+        if self._process is None:
+            return Failure(Outcome.CRASHED, "ended", "the worker was ended for good and starts no more")
         if not self._ready:
             ready = self._read_line(start_s)
             if isinstance(ready, Failure):
                 return Failure(ready.outcome, f"start_{ready.reason}", ready.detail)
             self._ready = True
-        assert self._process is not None and self._process.stdin is not None
+        assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
@@ -160,6 +165,18 @@ class WorkerProcess:
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
+
+    def end(self) -> None:
+        """As ``kill``, for good and without waiting: who holds tens of GB of pinned memory takes seconds to die.
+
+        ``close`` or the thread that waits for an answer takes leave of the process.
+        """
+        with self._starting:
+            self._ended = True
+            process = self._process
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Let the worker end by itself; kill it if it does not."""
@@ -229,7 +246,7 @@ class Run:
             else:
                 checks.setdefault((job.backend, job.compiles), []).append(job)
         try:
-            with ThreadPoolExecutor(max_workers=self.parallel) as pool:
+            with self._phase("checks", bool(checks)), ThreadPoolExecutor(max_workers=self.parallel) as pool:
                 # Long lists first, so that no backend is left alone at the end.
                 ordered = sorted(checks.items(), key=lambda item: -len(item[1]))
                 futures = [
@@ -244,9 +261,10 @@ class Run:
                 except BaseException:
                     self._abort()
                     raise
-            # Ours first: of a run that is cut off they are worth most.
-            for name, jobs in sorted(times.items(), key=lambda item: item[1][0].role != "own"):
-                self._backend(name, iter(jobs))
+            with self._phase("timing", bool(times)):
+                # Ours first: of a run that is cut off they are worth most.
+                for name, jobs in sorted(times.items(), key=lambda item: item[1][0].role != "own"):
+                    self._backend(name, iter(jobs))
         except BaseException:
             self._abort()
             raise
@@ -254,18 +272,36 @@ class Run:
             raise AssertionError(f"{len(self.jobs)} jobs left {len(self.records)} records")
         return self.records
 
+    @contextlib.contextmanager
+    def _phase(self, name: str, anything: bool) -> Iterator[None]:
+        """Note how long a phase takes, however it ends; one without jobs is none."""
+        if not anything:
+            yield
+            return
+        self.store.phase(name)
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            # A failing disk may be why it ends, and must not hide the first error.
+            with contextlib.suppress(DataError):
+                self.store.phase(name, time.monotonic() - began)
+
     def _abort(self) -> None:
-        self._stop.set()
+        """End every worker. First, and before anything that may take long, their jobs are withdrawn: whoever waits for
+        us may lose patience and kill us too, and the jobs would count as begun.
+        """
         with self._lock:
+            self._stop.set()
             workers = list(self._workers)
             in_flight, self._in_flight = self._in_flight, set()
-        for worker in workers:
-            worker.kill()
         # The workers end with us and for our reasons, so that no job of theirs is to blame. A failing disk may be why
         # we end, and must not hide the first error; the job then counts as begun, which costs it one try.
         with contextlib.suppress(DataError):
             for key in sorted(in_flight):
                 self.store.withdrawn(key)
+        for worker in workers:
+            worker.end()
 
     def _workers_for(self, jobs: Sequence[Job], compiles: bool) -> int:
         """How many workers take these jobs from one queue: what keeps a GPU's checks waiting is compilation on the
@@ -295,8 +331,9 @@ class Run:
                     return
                 self._finish(self._one(worker, job))
         except BaseException:
-            # Whoever waits for a probe that will not come must not wait for ever.
-            self._stop.set()
+            # Before ``close``, which waits for a worker that is busy; and whoever waits for a probe that will not come
+            # must not wait for ever.
+            self._abort()
             raise
         finally:
             worker.close()
@@ -351,6 +388,9 @@ class Run:
         if job.kind == "time" and probe is not None and probe.reason != "native":
             detail = f"{probe.reason} here: run for its meaning, never for its speed"
             return self._record(job, Outcome.UNAVAILABLE, "needs_cuda", detail)
+        if job.native and probe is not None and probe.reason != "native":
+            detail = f"{probe.reason} here, and the case is too large for that; checked on a GPU"
+            return self._record(job, Outcome.UNAVAILABLE, "needs_cuda", detail)
         request: dict[str, Any] = {
             "kind": job.kind,
             "op": job.op,
@@ -370,6 +410,8 @@ class Run:
             return self._record(job, Outcome.TIMEOUT, "hung_before", detail)
         self._same_machine(worker, job.backend, job.compiles)
         with self._lock:
+            if self._stop.is_set():
+                return self._record(job, Outcome.CRASHED, "ended", "never stored: the run was ended before this began")
             self._in_flight.add(job.key)
         self.store.started(job.key)
         answer = worker.ask(request, job.deadline_s)

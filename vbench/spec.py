@@ -279,12 +279,19 @@ class BenchCase:
         source: where the shape comes from (model and file), shown in reports.
         effort: smallest ``--effort`` that includes it.
         device: ``cuda``, or ``any`` when timing it on a CPU means something too.
+        first: kernels that are taken before the op's others where an effort's limit of rows leaves some out: both sides
+            of the ratios that the case is there for.
+        later: kernels that only effort ``full`` times on this case, as they cost more than they tell.
+
+    Kernels are named ``backend[variant]``, or ``backend`` for all its variants.
     """
 
     case: Case
     source: str
     effort: Literal["quick", "standard", "full"] = "standard"
     device: Literal["cuda", "any"] = "cuda"
+    first: tuple[str, ...] = ()
+    later: tuple[str, ...] = ()
 
 
 def size_class(value: int) -> str:
@@ -333,6 +340,8 @@ class Suite:
     """Which cases to try. Fixed check cases are the ones no random draw may be trusted to hit.
 
     Args:
+        native: those of ``checks`` that have too many elements for an interpreter or a simulator: they are there for
+            their metrics, and smaller ones of each kind beside them.
         compiles: it also holds every configuration that the backends compile to (the ahead-of-time gate).
         searched: strategies that only ``vbench fuzz`` draws from, besides ``generated``.
         regressions: ``package:file`` of cases that once failed, tried before all others (``vbench.regressions``).
@@ -346,6 +355,7 @@ class Suite:
     benches: tuple[BenchCase, ...] = ()
     compiles: bool = False
     searched: tuple[Generated, ...] = ()
+    native: frozenset[Case] = frozenset()
     regressions: str = ""
     waivers: str = ""
 

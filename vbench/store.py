@@ -21,6 +21,7 @@ from vbench.record import Outcome, Record
 
 RECORDS = "records.jsonl"
 STARTED = "started.jsonl"
+PHASES = "phases.jsonl"
 RUN_FILE = "run.json"
 
 
@@ -37,7 +38,8 @@ class RunStore:
 
     ``records.jsonl`` holds what ended. ``started.jsonl`` holds one line ``{"started": [kind, case, backend, variant]}``
     before each job that goes to a worker, and ``{"withdrawn": [...]}`` for one that an orderly interruption ended, so
-    that a later run can tell which jobs were in flight when the harness itself was killed.
+    that a later run can tell which jobs were in flight when the harness itself was killed. ``phases.jsonl`` holds two
+    lines for each phase of each process of the run, ``{"began": NAME}`` and ``{"ended": NAME, "wall_s": SECONDS}``.
 
     Args:
         folder: made here, or with ``resume`` opened again.
@@ -90,6 +92,20 @@ class RunStore:
     def withdrawn(self, key: Key) -> None:
         """Note that a started job was ended by the user and is not to blame. Raises DataError as ``append`` does."""
         self._write(self._started_fd, json.dumps({"withdrawn": key}), self.folder / STARTED)
+
+    def phase(self, name: str, wall_s: float | None = None) -> None:
+        """Note that a phase of this process began, or ended after ``wall_s``. Raises DataError as ``append`` does."""
+        path = self.folder / PHASES
+        body = {"began": name} if wall_s is None else {"ended": name, "wall_s": wall_s}
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}; the records before it are kept") from None
+        try:
+            cut_torn_line(fd)
+            self._write(fd, json.dumps(body), path)
+        finally:
+            os.close(fd)
 
     def _write(self, fd: int, line: str, path: Path) -> None:
         data = (line + "\n").encode()
@@ -166,6 +182,33 @@ def start_counts(folder: Path) -> Counter[Key]:
     return counts
 
 
+def phase_walls(folder: Path) -> tuple[dict[str, float], bool]:
+    """Phase -> seconds by the clock on the wall, over all processes of a run that ended; and whether one did not.
+
+    A folder from before phases were noted has none.
+
+    Raises:
+        DataError: a whole line of ``phases.jsonl`` is none of the two that are written (file and line named).
+    """
+    path = folder / PHASES
+    walls: dict[str, float] = {}
+    under_way = 0
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            continue  # torn; the next process cuts it off
+        try:
+            body = json.loads(line)
+            if "began" in body:
+                under_way += 1
+            else:
+                walls[str(body["ended"])] = walls.get(str(body["ended"]), 0.0) + float(body["wall_s"])
+                under_way -= 1
+        except (ValueError, TypeError, KeyError):
+            raise DataError(f"{path}:{number}: neither a phase that began nor one that ended") from None
+    return walls, under_way > 0
+
+
 def read_summary(folder: Path) -> dict[str, Any]:
     """What ``run.json`` of a run's folder says.
 
@@ -189,7 +232,7 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         if (path / RECORDS).is_file():
             return [path / RECORDS]
-        return [p for p in sorted(path.rglob("*.jsonl")) if p.name != STARTED]
+        return [p for p in sorted(path.rglob("*.jsonl")) if p.name not in (STARTED, PHASES)]
     if path.is_file():
         return [path]
     raise DataError(f"{path}: no such file or folder of records")
@@ -202,10 +245,21 @@ def _text(file: Path) -> str:
         raise DataError(f"{file}: cannot be read as UTF-8 text ({error})") from None
 
 
-def _add(records: dict[str, Record], record: Record, where: str) -> None:
-    if record.id in records:
-        raise DataError(f"{where}: id {record.id} occurs twice; a job leaves one record a run")
-    records[record.id] = record
+class _Ids:
+    """Records by id, with the line of each, so that a second one of an id can be told from the first."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, Record] = {}
+        self._where: dict[str, str] = {}
+
+    def add(self, record: Record, where: str) -> None:
+        if record.id in self.records:
+            first = self._where[record.id]
+            raise DataError(
+                f"{where}: id {record.id} occurs twice (first: {first}); a job leaves one record a run: remove one"
+            )
+        self.records[record.id] = record
+        self._where[record.id] = where
 
 
 def read_records(path: Path) -> list[Record]:
@@ -214,7 +268,7 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         DataError: nothing there, or a line that is no record (file, line and rule named), or an id seen twice.
     """
-    records: dict[str, Record] = {}
+    found = _Ids()
     for file in _files(path):
         text = _text(file)
         for number, line in enumerate(text.splitlines(), start=1):
@@ -225,9 +279,11 @@ def read_records(path: Path) -> list[Record]:
             except DataError as error:
                 if text.endswith("\n") or number < text.count("\n") + 1:
                     raise
-                raise DataError(f"{error}; the run was cut off here: vbench run --resume {file.parent}") from None
-            _add(records, record, f"{file}:{number}")
-    return list(records.values())
+                resume = file.name == RECORDS and (file.parent / RUN_FILE).is_file()
+                advice = f"vbench run --resume {file.parent}" if resume else "remove this line to keep the rest"
+                raise DataError(f"{error}; the file was cut off here: {advice}") from None
+            found.add(record, f"{file}:{number}")
+    return list(found.records.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +306,7 @@ def load_records(path: Path) -> Loaded:
     Raises:
         DataError: nothing there, whole JSON that is no record, or an id seen twice.
     """
-    records: dict[str, Record] = {}
+    found = _Ids()
     torn: list[str] = []
     for file in _files(path):
         for number, line in enumerate(_text(file).splitlines(), start=1):
@@ -266,8 +322,8 @@ def load_records(path: Path) -> Loaded:
             if impossible:
                 kept = {**body, "measurements": [], "outcome": Outcome.INVALID.value, "reason": "impossible_time"}
                 line = json.dumps({**kept, "detail": impossible})
-            _add(records, Record.from_json(line, where), where)
-    return Loaded(tuple(records.values()), tuple(torn))
+            found.add(Record.from_json(line, where), where)
+    return Loaded(tuple(found.records.values()), tuple(torn))
 
 
 def _impossible_time(body: Any) -> str:
