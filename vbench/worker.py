@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any
 
 from vbench import blocks, check, environment, fence, gate, integrity, machine_code, registry, sources, timing
@@ -57,8 +58,19 @@ class Result:
     peak_device_bytes: int | None = None
     absent: dict[str, str] = field(default_factory=dict)
     numerics: Mapping[str, Any] | None = None
+    choice: Mapping[str, Any] | None = None
     sources: str = ""
     environment: Mapping[str, Any] | None = None
+
+
+def choice_of(kernel: Kernel) -> dict[str, Any]:
+    """A bound kernel's ``plan`` by name, and ``digest`` over it; empty where it has none."""
+    plan = getattr(kernel, "plan", None)
+    if not is_dataclass(plan) or isinstance(plan, type):
+        return {}
+    values = asdict(plan)
+    text = json.dumps(values, sort_keys=True)
+    return {"digest": "sha256:" + hashlib.sha256(text.encode()).hexdigest()[:16], **values}
 
 
 class Worker:
@@ -144,6 +156,7 @@ class Worker:
                 make=lambda other: factory(other, request["variant"], self.device),
             )
         result.numerics = asdict(kernel.numerics)
+        result.choice = choice_of(kernel)
         result.sources = digest
         return result
 
