@@ -17,6 +17,7 @@ from vbench.backend import Availability
 from vbench.monitor import NoMonitor
 from vbench.plan import BATTERY
 from vbench.record import Outcome
+from vbench.reference.ops.attention import ATTENTION
 from vbench.reference.ops.fp4 import FP4_DEQUANTIZE
 from vbench.spec import Numerics, resolve
 from vbench.worker import Result, Worker, choice_of
@@ -193,3 +194,22 @@ def test_our_fp4_linear_says_what_it_chose() -> None:
     )
     kernel = resolve(registry.backends()["triton"].ops["fp4_linear"])(case, "", "cpu")
     assert {"digest", "path", "warps", "stages", "bm", "bn"} <= set(choice_of(kernel))
+
+
+def test_small_oracles_of_a_gpus_checks_run_on_the_host() -> None:
+    """The same answer from copies; large cases, and inputs that are no tensors, stay where they are."""
+    worker = Worker(BATTERY, "vbench-kernels", "cpu")
+    small, large = (ATTENTION.case(b=1, hq=2, hk=2, sq=n, sk=n, d=64) for n in (16, 600))
+    inputs = resolve(ATTENTION.inputs)(small, "cpu")
+    assert worker._for_oracle(ATTENTION, small, inputs) is inputs
+    worker.device = "cuda"
+    copied = worker._for_oracle(ATTENTION, small, inputs)
+    assert copied is not inputs and all(torch.equal(copied[n], t) for n, t in inputs.items())
+    assert worker._for_oracle(ATTENTION, large, inputs) is inputs
+    traced = {"trace": [1]}
+    assert worker._for_oracle(ATTENTION, small, traced) is traced
+    # An op that counts no operations is judged by its elements.
+    for n, there in ((4, False), (1 << 12, True)):
+        case = FP4_DEQUANTIZE.case(fmt="absmax7_row", n=n, k=1 << 10, y="fp32")
+        weight = resolve(FP4_DEQUANTIZE.inputs)(case, "cpu")
+        assert (worker._for_oracle(FP4_DEQUANTIZE, case, weight) is weight) == there
