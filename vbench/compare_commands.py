@@ -112,8 +112,7 @@ def baseline_update(
     registry.choose("ledger", [ledger], books)
     records = _joined(runs, out)
     if not records:
-        print(f"nothing judged: {', '.join(runs)} has no record")
-        return 3
+        return commands.nothing_judged(", ".join(runs), as_json=as_json)
     read = {path: commands.read_text(path) for path in texts}
     beside = baseline.staying(destination, records)
     kept = baseline.select(records, read, books[ledger], commands.current_sources(), beside)
