@@ -11,10 +11,12 @@ OTHER_TRITON := build/triton-3.6
 # transformers, in a folder of its own: the one thing its tests need beyond the first environment.
 TRANSFORMERS := build/transformers
 RUNS := results/runs
+# Chromium's engine, in a folder of its own: the report's tests in a browser.
+BROWSER := build/browser
 # Test files run side by side.
 WORKERS := 2
 
-.PHONY: setup run test check gate wheel-test models-test format claims matrix features controls baseline clean
+.PHONY: setup run test check gate wheel-test models-test browser-test format claims matrix features controls baseline clean
 
 setup: .venv/.ready
 
@@ -54,6 +56,16 @@ models-test: setup $(TRANSFORMERS)/.ready
 		tests/test_virtual_estimate.py::test_transformers_own_code_is_traced_or_its_absence_named
 
 $(TRANSFORMERS)/.ready: constraints.transformers.txt | setup
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --no-deps --no-compile --target $(@D) -r $<
+	@touch $@
+
+# The import comes first: without the engine these tests would be skipped.
+browser-test: setup $(BROWSER)/.ready
+	PYTHONPATH=$(CURDIR)/$(BROWSER) $(BIN)/python -c 'import PySide6.QtWebEngineWidgets'
+	PYTHONPATH=$(CURDIR)/$(BROWSER) $(BIN)/pytest -q tests/test_report_browser.py
+
+$(BROWSER)/.ready: constraints.browser.txt | setup
 	rm -rf $(@D)
 	$(BIN)/pip install --quiet --no-deps --no-compile --target $(@D) -r $<
 	@touch $@

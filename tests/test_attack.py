@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from vbench.cli import main
 from vbench.control import HONEST, Control, Corpus
 from vbench.controls import conduct, gpu, planted, products, softmax, stack, table
 from vbench.errors import UsageError
-from vbench.record import EXCUSED, Outcome, Record
+from vbench.record import Outcome, Record
 from vbench.reference.ops import OPS
 from vbench.worker import Result, Worker
 
@@ -68,8 +69,15 @@ def test_an_error_of_twice_the_budget_is_planted_in_every_operation() -> None:
     assert {control.op for control in planted.CORPUS.controls} == {op.name for op in OPS}
 
 
+def test_controls_name_oracles_and_exceptions_only_of_isolation() -> None:
+    for _, control in CONTROLS.values():
+        named = {control.oracle, *control.or_by}
+        assert named <= {*check.ORACLES, "isolation"}, control.name
+        assert not control.raises or "isolation" in named, control.name
+
+
 def test_every_oracle_has_a_control() -> None:
-    assert set(NEEDED) == set(check.ORACLES)
+    assert set(NEEDED) == set(check.ORACLES) == set(attack.FINDINGS)
     assert {oracle: CONTROLS[name][1].oracle for oracle, name in NEEDED.items()} == {o: o for o in NEEDED}
 
 
@@ -79,10 +87,16 @@ def test_each_oracle_is_needed(oracle: str, workers: dict[str, Worker]) -> None:
     corpus, control = CONTROLS[NEEDED[oracle]]
     worker = workers[corpus]
     caught = outcomes(worker, control, "", ())
-    assert any(r.outcome not in EXCUSED for r in caught), caught
+    assert any(attack.as_named(control, record(control, "", r.outcome, r.reason)) for r in caught), caught
     assert [r.outcome for r in outcomes(worker, control, HONEST, ())] == [Outcome.PASSED] * len(control.twin_cases)
     blind = outcomes(worker, control, "", (oracle,))
     assert [(r.outcome, r.detail) for r in blind] == [(Outcome.PASSED, "")] * len(control.cases)
+
+
+def test_a_clock_whose_samples_no_measurement_admits_is_a_patched_one(workers: dict[str, Worker]) -> None:
+    corpus, control = CONTROLS["patched_timer"]
+    (found,) = outcomes(workers[corpus], control, "", ())
+    assert (found.outcome, found.reason) == (Outcome.INVALID, "patched") and "perf_counter" in found.detail
 
 
 def record(control: Control, end: str, outcome: Outcome, reason: str = "") -> Record:
@@ -90,8 +104,14 @@ def record(control: Control, end: str, outcome: Outcome, reason: str = "") -> Re
     return Record(control.cases[0].id, "corpus", "check", outcome, "run", variant=variant, reason=reason, role="own")
 
 
+def told(pairs: list[tuple[str, Control]], records: list[Record]) -> tuple[dict[str, Any], str]:
+    findings = attack.judge(pairs, records)
+    body = attack.summary(findings)
+    return body, "\n".join(attack.lines(findings, body))
+
+
 def test_survivors_and_accused_twins_are_told_and_end_with_one() -> None:
-    (one, two) = (CONTROLS[name][1] for name in ("swapped_nibbles", "shifted_scale"))
+    (one, two) = (CONTROLS[name][1] for name in ("swapped_nibbles", "illegal_access"))
     pairs = [("corpus", one), ("corpus", two)]
     good = [
         record(one, "", Outcome.WRONG_VALUE, "value"),
@@ -99,7 +119,7 @@ def test_survivors_and_accused_twins_are_told_and_end_with_one() -> None:
         record(two, "", Outcome.CRASHED, "signal_11"),
         record(two, HONEST, Outcome.PASSED),
     ]
-    body = attack.summary(attack.judge(pairs, good))
+    body, _ = told(pairs, good)
     assert (body["controls"], body["caught"], body["twins_accused"], body["not_run"]) == (2, 2, 0, 0)
     assert attack.exit_code(body) == 0
     for spoiled, key, name in (
@@ -109,10 +129,57 @@ def test_survivors_and_accused_twins_are_told_and_end_with_one() -> None:
         # A twin that refuses its case proves nothing, so it is no twin.
         (replace(good[1], outcome=Outcome.UNSUPPORTED), "accused", "swapped_nibbles"),
     ):
-        findings = attack.judge(pairs, [spoiled, *(g for g in good if g.variant != spoiled.variant)])
-        body = attack.summary(findings)
+        body, text = told(pairs, [spoiled, *(g for g in good if g.variant != spoiled.variant)])
         assert list(body[key]) == [name] and attack.exit_code(body) == 1
-        assert any(name in line and ("SURVIVED" in line or "ACCUSED" in line) for line in attack.lines(findings, body))
+        assert any(name in line and ("SURVIVED" in line or "ACCUSED" in line) for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("name", "outcome", "reason"),
+    [
+        # Caught by what another fault would be caught by.
+        ("swapped_nibbles", Outcome.WRONG_SHAPE, "shape"),
+        ("swapped_nibbles", Outcome.RUNTIME_ERROR, "AttributeError"),
+        ("swapped_nibbles", Outcome.CRASHED, "exit_1"),
+        ("nan_wildcard", Outcome.WRONG_VALUE, "value"),
+        ("right_once", Outcome.WRONG_VALUE, "value"),
+        # An exception, but not the one that its fault is.
+        ("eloquent_bug", Outcome.RUNTIME_ERROR, "ModuleNotFoundError"),
+        ("device_assert", Outcome.RUNTIME_ERROR, "ImportError"),
+        ("illegal_access", Outcome.RUNTIME_ERROR, "RuntimeError"),
+    ],
+)
+def test_what_another_oracle_ends_is_not_caught(name: str, outcome: Outcome, reason: str) -> None:
+    control = CONTROLS[name][1]
+    records = [record(control, "", outcome, reason), record(control, HONEST, Outcome.PASSED)]
+    body, text = told([("corpus", control)], records)
+    assert (body["caught"], body["survivors"], attack.exit_code(body)) == (0, [name], 1)
+    assert f"but ended {outcome.value}({reason})" in text
+
+
+def test_a_race_may_be_seen_late() -> None:
+    control = CONTROLS["missing_barrier"][1]
+    for outcome, reason in ((Outcome.WRONG_VALUE, "value"), (Outcome.NONDETERMINISTIC, "rerun_differs")):
+        assert attack.as_named(control, record(control, "", outcome, reason))
+
+
+def test_a_control_that_ends_as_its_twin_does_is_not_caught() -> None:
+    control = CONTROLS["swapped_nibbles"][1]
+    records = [record(control, end, Outcome.WRONG_VALUE, "value") for end in ("", HONEST)]
+    body, _ = told([("corpus", control)], records)
+    assert (body["caught"], body["survivors"], body["twins_accused"]) == (0, ["swapped_nibbles"], 1)
+
+
+@pytest.mark.parametrize("name", ["swapped_nibbles", "eloquent_bug"])
+def test_a_twin_that_dies_breaks_the_pair(name: str) -> None:
+    """As where numba cannot be imported: the control dies of it too, and neither shows anything."""
+    control = CONTROLS[name][1]
+    for reason in ("AttributeError", "RuntimeError"):
+        records = [record(control, end, Outcome.RUNTIME_ERROR, reason) for end in ("", HONEST)]
+        body, text = told([("corpus", control)], records)
+        counted = [body[key] for key in ("controls", "caught", "twins_accused", "not_run", "survivors")]
+        assert counted == [0, 0, 0, 1, []] and list(body["broken"]) == [name]
+        assert attack.exit_code(body) == 1 and "BROKEN" in text and reason in text
 
 
 def test_what_cannot_run_here_is_counted_and_alone_is_no_success() -> None:

@@ -6,6 +6,7 @@ What needs Triton runs in a child process. What the compiler makes of the kernel
 from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -24,7 +25,7 @@ from vbench.reference.ops.attention_extended import (
     OPS,
     sequence_bounds,
 )
-from vbench.spec import Case, Numerics, Op, resolve
+from vbench.spec import Case, Expected, Numerics, Op, resolve
 from vbench.suites.attention import EXTENDED, SHIFTED_LENGTHS
 
 FORWARD, BACKWARD = ATTENTION_EXTENDED, ATTENTION_EXTENDED_BACKWARD
@@ -304,3 +305,39 @@ def test_only_what_zeros_or_a_mean_may_answer_is_degenerate(sizes: tuple[int, in
         expected = resolve(op.oracle)(case, inputs, Numerics("fp32"), None)
         outputs = {name: want.degenerate for name, want in expected.items()}
         assert any(outputs.values()) is excused, outputs
+
+
+#: Found by a search on an H200: one key beside a sink, and masks that leave the sink all the weight.
+DEGENERATE = (
+    "attention_extended[dtype=bf16,causal=none,dist=grid,b=1,hq=1,hk=1,sq=1,sk=1,d=2,alibi=0,sinks=1,mask=none,"
+    "packed=1,seed=7]",
+    "attention_extended[dtype=fp16,causal=none,dist=large_logits,window=20,b=1,hq=1,hk=1,sq=36,sk=1,d=6,alibi=0,"
+    "sinks=1,mask=normal,maskdims=bhqk,packed=5,seed=7]",
+    "attention_extended[dtype=fp16,causal=none,dist=large_logits,window=20,b=1,hq=1,hk=1,sq=1,sk=1,d=6,alibi=1,"
+    "sinks=1,mask=normal,packed=5,seed=2]",
+    "attention_extended_backward[dtype=fp16,causal=top_left,dist=large_logits,layout=bshd,window=20,b=1,hq=1,hk=1,"
+    "sq=18,sk=1,d=14,dlse=0,alibi=0,sinks=1,mask=blocked,maskdims=bqk,packed=2,seed=4]",
+)
+
+
+@pytest.mark.parametrize("text", DEGENERATE)
+def test_a_case_that_a_trivial_kernel_answers_is_excused_by_its_own_answer(text: str) -> None:
+    """And by nothing else: with more keys, under a budget that lets everything through, each is accused."""
+    op = op_named(text)
+    case = op.parse(text)
+    widest = Numerics("tensor_core", (case.text("dtype"),), case.text("dtype"))
+
+    def of(one: Case) -> tuple[dict[str, Any], dict[str, Expected]]:
+        inputs = resolve(op.inputs)(one, "cpu")
+        return inputs, resolve(op.oracle)(one, inputs, widest, None)
+
+    inputs, want = of(case)
+    _, previous = of(replace(case, seed=case.seed + 1))
+    survivors, excused = check.trivial_survivors(inputs, want, previous)
+    assert survivors == [] and "mean" in excused
+
+    values = {**dict(case.params), "sk": 5, "dist": "normal", "packed": 0}
+    inputs, want = of(replace(case, params=tuple(values.items())))
+    lax = {n: replace(w, budget=torch.full_like(w.value, 1e9)) for n, w in want.items()}
+    survivors, excused = check.trivial_survivors(inputs, lax, lax)
+    assert set(survivors) == set(check.TRIVIAL_KERNELS) and not excused

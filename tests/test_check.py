@@ -98,7 +98,7 @@ def test_trivial_kernels_fail_every_op(op: Op) -> None:
     inputs = resolve(op.inputs)(case, "cpu")
     want = resolve(op.oracle)(case, inputs, widest, None)
     previous = resolve(op.oracle)(other, resolve(op.inputs)(other, "cpu"), widest, None)
-    assert check.trivial_survivors(inputs, want, previous) == ([], [])
+    assert check.trivial_survivors(inputs, want, previous) == ([], {})
 
 
 def test_a_budget_as_wide_as_the_output_lets_zeros_through() -> None:
@@ -111,3 +111,54 @@ def test_a_budget_as_wide_as_the_output_lets_zeros_through() -> None:
     tagged = {"y": Expected(want["y"].value, want["y"].budget, torch.float32, (2,), None, "on purpose")}
     survivors, excused = check.trivial_survivors(inputs, tagged, expected(-value, 1.0))
     assert "zeros" in excused and not survivors
+
+
+#: Answers a trivial kernel gives too, and which: the same whatever the budget.
+TRULY = [
+    (torch.tensor([0.5, 0.5, 0.5]), torch.bfloat16, {"mean"}),
+    (torch.tensor([1e-30, -2e-30]), torch.float16, {"zeros", "mean", "half"}),
+    # Below float32's normal numbers, which kernels may flush.
+    (torch.tensor([1e-39, 2e-39]), torch.float32, {"zeros", "mean", "half"}),
+    (torch.tensor([0.5, 0.5 + 2.0**-9]), torch.bfloat16, {"mean"}),
+]
+
+
+@pytest.mark.parametrize(("value", "dtype", "right"), TRULY)
+@pytest.mark.parametrize("budget", [2.0**-8, 1e9])
+def test_a_trivial_kernel_is_excused_where_its_answer_is_the_true_one(
+    value: torch.Tensor, dtype: torch.dtype, right: set[str], budget: float
+) -> None:
+    """However wide the budget: the others that it lets through are accused."""
+    wide = value.double()
+    want = {"y": Expected(wide, torch.full_like(wide, budget), dtype, tuple(value.shape))}
+    other = {"y": Expected(wide + 64, want["y"].budget, dtype, tuple(value.shape))}
+    survivors, excused = check.trivial_survivors({"x": torch.full((8,), 3.0)}, want, other)
+    let_through = {"zeros", "mean", "half"} if budget > 1 else right
+    assert set(excused) == right and all(excused.values())
+    assert {"zeros", "mean", "half"} & set(survivors) == let_through - right
+
+
+@pytest.mark.parametrize("value", [[0.5, 0.51], [1e-3, -1e-3], [3.0, 4.0]])
+def test_a_wide_budget_is_no_excuse(value: list[float]) -> None:
+    wide = torch.tensor(value, dtype=torch.float64)
+    want = {"y": Expected(wide, torch.full_like(wide, 100.0), torch.float32, (2,))}
+    survivors, excused = check.trivial_survivors({"x": torch.zeros(2)}, want, want)
+    assert set(survivors) == set(check.TRIVIAL_KERNELS) and not excused
+
+
+def test_the_same_draw_twice_is_no_excuse_but_for_zeros() -> None:
+    """A generator that forgets its seed makes the answer to the other draw right."""
+    for value, excused in (([1.0, 2.0], set()), ([0.0, 0.0], set(check.TRIVIAL_KERNELS))):
+        exact = torch.tensor(value)
+        want = {"y": Expected(exact, None, torch.float32, (2,))}
+        found = check.trivial_survivors({"x": torch.zeros(2)}, want, want)
+        assert set(found[1]) == excused and ("previous" in found[0]) == (not excused)
+
+
+def test_one_degenerate_output_does_not_excuse_the_others() -> None:
+    wide = torch.tensor([0.0, 0.0], dtype=torch.float64)
+    tagged = Expected(wide, torch.ones_like(wide), torch.float32, (2,), None, "on purpose")
+    lax = Expected(wide + torch.tensor([0.25, 0.75]), torch.ones_like(wide), torch.float32, (2,))
+    inputs = {"x": torch.zeros(2)}
+    assert check.trivial_survivors(inputs, {"a": tagged, "b": lax}, {"a": tagged, "b": lax})[0]
+    assert not check.trivial_survivors(inputs, {"a": tagged}, {"a": tagged})[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ def test_console_blocks_run_in_order(tmp_path: Path) -> None:
     lines = commands((ROOT / "README.md").read_text(encoding="utf-8"))
     assert lines and all(line.startswith("vbench ") for line in lines)
     (tmp_path / "README.md").write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    shutil.copytree(ROOT / "docs" / "plots", tmp_path / "docs" / "plots")
     for line in lines:
         done = subprocess.run(
             [sys.executable, "-m", *line.split()],

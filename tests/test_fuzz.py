@@ -280,7 +280,7 @@ def test_a_document_shows_the_search_and_rests_on_its_rounds(monkeypatch: pytest
 
     records = [a_round(0, "now"), a_round(1, "now"), a_round(2, "then")]
     shown = documents.update(text, ledger, records, current_sources=lambda r: "now", where="d")
-    assert "| x | b | 4 | 2 | 2 | 0 | 0.35 | 0.35 | 0.35 | 0.310 |" in shown
+    assert "| x | b | 4 | 2 | 2 | 0 | 0 | 0.35 | 0.35 | 0.35 | 0.310 |" in shown
     assert "STALE: 1 rounds" in shown
     assert documents.evidence(text, ledger, records, current_sources=lambda r: "now") == records
     assert "no_records" in documents.update(text, ledger, [], current_sources=lambda r: None, where="d")

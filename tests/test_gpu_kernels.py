@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -49,6 +51,26 @@ def test_split_sums_are_the_product() -> None:
     y[:] = 0
     gpu_kernels.split(True)[(M, gpu_kernels.PARTS), TILE](x, w, y)
     assert close(y, x, w)
+
+
+#: Takes away what newer numpy lacks and runs what numba-cuda imports when it first compiles.
+WITHOUT_ROW_STACK = """
+import sys, numpy
+vars(numpy).pop("row_stack", None)
+for module in sys.argv[1:]:
+    __import__(module)
+"""
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_kernels_import_where_numpy_has_no_row_stack(ours: bool) -> None:
+    """numba-cuda's own import fails there (the control); by way of what the sanitizer launches it does not."""
+    modules = ["vbench.controls.gpu_kernels"] * ours + ["numba.cuda.np.arrayobj"]
+    environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "0"}
+    command = [sys.executable, "-c", WITHOUT_ROW_STACK, *modules]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode == 0) == ours, done.stderr
+    assert ours or "row_stack" in done.stderr
 
 
 def test_each_sanitized_control_has_a_twin_and_is_one_of_the_corpus() -> None:

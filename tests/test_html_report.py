@@ -1,11 +1,8 @@
-"""The page of a run: complete, one file, and quiet in a real browser where there is one."""
+"""The page of a run: complete, one file, nothing in it to fetch (``test_report_browser.py`` asks a browser)."""
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -138,37 +135,3 @@ def test_axes_have_ticks(low: float, factor: float) -> None:
     assert ticks == sorted(ticks) and all(low * 0.99 <= t <= low * factor * 1.01 for t in ticks)
     assert len(ticks) <= 14
     assert ticks or factor < 1.7
-
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-def browse(page: Path, folder: Path) -> tuple[list[str], list[str]]:
-    """Addresses that the page asked for beside itself, and its console's messages."""
-    assert BROWSER is not None
-    log = folder / "net.json"
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    command += ["--disable-background-networking", "--disable-component-update", "--no-first-run"]
-    command += [f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.stdout.startswith("<!DOCTYPE html>"), done.stderr[-500:]
-    asked = set(re.findall(r'"url":"([^"]*)"', log.read_text(encoding="utf-8")))
-    # The browser asks its maker for the time and for dictionaries; a page of ours names no host at all.
-    own = re.compile(r"chrome|data:|https?://([\w-]+\.)*(google|googleapis|gvt1|gstatic)\.com/")
-    asked = {a for a in asked if not own.match(a) and a != page.as_uri()}
-    return sorted(asked), [m for m in done.stderr.splitlines() if "CONSOLE" in m]
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here: the page is checked without a browser only")
-def test_a_browser_fetches_nothing_and_complains_of_nothing(tmp_path: Path) -> None:
-    report(H200, tmp_path)
-    assert browse(tmp_path / "page.html", tmp_path) == ([], [])
-    # controls: a picture from elsewhere and a message on the console are both seen
-    other = tmp_path / "other.html"
-    other.write_text(
-        "<!doctype html><img src='http://127.0.0.1:9/x.png'><script>console.error('oh')</script>", encoding="utf-8"
-    )
-    second = tmp_path / "second"
-    second.mkdir()
-    asked, said = browse(other, second)
-    assert "http://127.0.0.1:9/x.png" in json.dumps(asked) and len(said) >= 1

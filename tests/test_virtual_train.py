@@ -427,9 +427,10 @@ def test_the_same_command_with_resume_is_taken(finished: Path) -> None:
         ([*SMALL, "--use-flash-attn"], "flash_needs_cuda"),
         ([*SMALL, "--vgpu-auto"], "say how much memory it may use with --budget"),
         ([*SMALL, "--budget", "8"], "--budget '8'"),
+        ([*SMALL, "--budget", "400MB", "--vgpu-auto"], "the CUDA context alone takes 450.00 MB"),
         (["--preset", "large", "--budget", "8GB", "--batch", "8"], "--budget 8GB: the training takes an estimated"),
         (["--preset", "large", "--budget", "8GB", "--batch", "32", "--vgpu-auto"], "activations alone take"),
-        ([*SMALL, "--budget", "468.5MB", "--vgpu-auto"], "weights need at least"),
+        ([*SMALL, "--budget", "470MB", "--vgpu-auto"], "weights need at least"),
         ([*SMALL, "--resume"], "holds no training"),
     ],
 )

@@ -1,7 +1,8 @@
 """``vbench selftest``: kernels wrong on purpose must be caught, their honest twins must pass.
 
 A control goes through the same workers, checks and clocks as any backend's kernel, asked to be thorough. It is caught
-if one of its jobs ends in anything but PASSED, UNSUPPORTED or UNAVAILABLE; its twin is accused if one of its jobs does.
+if one of its jobs ends as the oracle it names ends one, and its twin's jobs do not; the twin is accused if one of its
+jobs is not PASSED. A twin that dies was judged by nobody: such a pair is broken, neither caught nor accused.
 """
 
 from __future__ import annotations
@@ -24,6 +25,49 @@ from vbench.runner import Run, no_arithmetic
 from vbench.store import RunStore, new_run_id
 
 SUITE = "selftest"
+
+_WRONG = (Outcome.WRONG_VALUE, Outcome.NONFINITE)
+#: Oracle -> how it ends a job: outcomes, each with the reasons it gives. ``isolation`` is beside the oracles.
+FINDINGS: Mapping[str, tuple[tuple[Outcome, str], ...]] = {
+    "produces": ((Outcome.INVALID, "missing_outputs"),),
+    "precision": ((Outcome.INVALID, "coarse_numerics"),),
+    "plain_tensor": ((Outcome.WRONG_SHAPE, "not_a_tensor"),),
+    "shape": ((Outcome.WRONG_SHAPE, "shape"),),
+    "dtype": ((Outcome.WRONG_DTYPE, "dtype"),),
+    "stride": ((Outcome.WRONG_SHAPE, "strides"),),
+    "nonfinite": ((Outcome.NONFINITE, "value"),),
+    "value": tuple((outcome, "value") for outcome in _WRONG),
+    "exact_grid": ((Outcome.WRONG_VALUE, "value"),),
+    # What is left of the poison: NaN, or the bytes of an integer.
+    "poison": tuple((outcome, "value") for outcome in _WRONG),
+    # What is read beyond an input is NaN.
+    "red_zones": ((Outcome.OUT_OF_BOUNDS, "red_zone"), (Outcome.NONFINITE, "value")),
+    "inputs_unchanged": ((Outcome.MUTATED_INPUT, "input_changed"),),
+    "rerun": tuple((outcome, "second_run") for outcome in _WRONG),
+    "rerun_bitwise": ((Outcome.NONDETERMINISTIC, "rerun_differs"),),
+    "after_timing": tuple((outcome, "after_timing") for outcome in _WRONG),
+    "patched": ((Outcome.INVALID, "patched"),),
+    "rebind": tuple((outcome, "rebound_inputs") for outcome in _WRONG),
+    "battery": ((Outcome.WRONG_VALUE, "trivial_kernel_passes"),),
+    "laws": ((Outcome.WRONG_VALUE, "laws"),),
+    "batch_invariance": ((Outcome.NONDETERMINISTIC, "batch_invariance"),),
+}
+#: How a job ends that no oracle judged.
+DIED = frozenset(
+    {Outcome.RUNTIME_ERROR, Outcome.COMPILE_ERROR, Outcome.CRASHED, Outcome.TIMEOUT, Outcome.OUT_OF_MEMORY}
+)
+
+
+def as_named(control: Control, record: Record) -> bool:
+    """Whether a job of the control ended as an oracle it names ends one, or as isolation sees its fault."""
+    for oracle in (control.oracle, *control.or_by):
+        if oracle == "isolation":
+            raised = record.outcome is Outcome.RUNTIME_ERROR and record.reason in control.raises
+            if raised or record.outcome in (Outcome.CRASHED, Outcome.TIMEOUT):
+                return True
+        elif (record.outcome, record.reason) in FINDINGS[oracle]:
+            return True
+    return False
 
 
 def jobs_of(corpus: str, control: Control, off: Sequence[str] = ()) -> list[Job]:
@@ -53,7 +97,9 @@ class Finding:
     Args:
         ran: it ran on this machine, and its twin did.
         caught_by: outcome and reason of each job that caught it, distinct, in order.
+        otherwise: those of jobs that failed in a way that is no finding of its oracle, or is its twin's too.
         accusations: what its honest twin was accused of.
+        broken: what the twin died of, so that the pair proves nothing.
         error_over_budget, twin_error_over_budget: worst of the jobs, ``None`` where nothing was compared.
     """
 
@@ -61,7 +107,9 @@ class Finding:
     control: Control
     ran: bool
     caught_by: tuple[str, ...]
+    otherwise: tuple[str, ...]
     accusations: tuple[str, ...]
+    broken: tuple[str, ...]
     error_over_budget: float | None
     twin_error_over_budget: float | None
 
@@ -80,15 +128,20 @@ def judge(controls: Sequence[tuple[str, Control]], records: Sequence[Record]) ->
         wrong, honest = found.get((corpus, control.name), []), found.get((corpus, control.name + HONEST), [])
         # An honest twin that was refused or not run proves nothing.
         ran = bool(wrong) and bool(honest) and all(r.outcome is not Outcome.UNAVAILABLE for r in (*wrong, *honest))
-        caught = [f"{r.outcome}({r.reason})" for r in wrong if r.outcome not in EXCUSED]
-        accused = [f"{r.outcome}({r.reason}) on {r.case}" for r in honest if r.outcome is not Outcome.PASSED]
+        failed = [r for r in wrong if r.outcome not in EXCUSED]
+        of_twin = {r.label for r in honest}
+        caught = [r.label for r in failed if as_named(control, r) and r.label not in of_twin]
+        died = [f"{r.label} on {r.case}" for r in honest if r.outcome in DIED]
+        accused = [f"{r.label} on {r.case}" for r in honest if r.outcome is not Outcome.PASSED]
         findings.append(
             Finding(
                 corpus,
                 control,
                 ran,
-                tuple(dict.fromkeys(caught)),
-                tuple(dict.fromkeys(accused)) if ran else (),
+                tuple(dict.fromkeys(caught)) if not died else (),
+                tuple(dict.fromkeys(r.label for r in failed if r.label not in caught)),
+                tuple(dict.fromkeys(accused)) if ran and not died else (),
+                tuple(dict.fromkeys(died)) if ran else (),
                 _worst(wrong),
                 _worst(honest),
             )
@@ -97,8 +150,11 @@ def judge(controls: Sequence[tuple[str, Control]], records: Sequence[Record]) ->
 
 
 def summary(findings: Sequence[Finding]) -> dict[str, Any]:
-    """Counts of what ran here, and the names of what is not as it should be."""
-    ran = [f for f in findings if f.ran]
+    """Counts of what ran here, and the names of what is not as it should be.
+
+    A broken pair did not run: it is counted in ``not_run`` and named in ``broken``.
+    """
+    ran = [f for f in findings if f.ran and not f.broken]
     return {
         "controls": len(ran),
         "caught": sum(bool(f.caught_by) for f in ran),
@@ -107,28 +163,32 @@ def summary(findings: Sequence[Finding]) -> dict[str, Any]:
         "not_run": len(findings) - len(ran),
         "survivors": [f.control.name for f in ran if not f.caught_by],
         "accused": {f.control.name: list(f.accusations) for f in ran if f.accusations},
+        "broken": {f.control.name: list(f.broken) for f in findings if f.broken},
     }
 
 
 def exit_code(body: Mapping[str, Any]) -> int:
-    """1 for a survivor or an accused twin, 3 if nothing ran, else 0."""
-    if body["survivors"] or body["twins_accused"]:
+    """1 for a survivor, an accused twin or a broken pair, 3 if nothing ran, else 0."""
+    if body["survivors"] or body["twins_accused"] or body["broken"]:
         return 1
     return 0 if body["controls"] else 3
 
 
 def lines(findings: Sequence[Finding], body: Mapping[str, Any]) -> list[str]:
     """For people: families with their counts, then everything that is not as it should be."""
-    ran = [f for f in findings if f.ran]
+    ran = [f for f in findings if f.ran and not f.broken]
     total, caught = Counter(f.control.family for f in ran), Counter(f.control.family for f in ran if f.caught_by)
     out = [f"{'family':<14} caught"]
     out += [f"{family:<14} {caught[family]} of {n}" for family, n in sorted(total.items())]
     out.append("")
     for f in ran:
         if not f.caught_by:
-            out.append(f"SURVIVED  {f.control.name}: {f.control.fault}; meant for oracle {f.control.oracle}")
+            ended = f", but ended {', '.join(f.otherwise)}" if f.otherwise else ""
+            out.append(f"SURVIVED  {f.control.name}: {f.control.fault}; meant for oracle {f.control.oracle}{ended}")
         for accusation in f.accusations:
             out.append(f"ACCUSED   the honest twin of {f.control.name}: {accusation}")
+    for f in findings:
+        out += [f"BROKEN    the honest twin of {f.control.name} died, so nothing is shown: {died}" for died in f.broken]
     missing = Counter(f.control.needs for f in findings if not f.ran)
     out += [f"not run   {n} controls that need {needs}" for needs, n in sorted(missing.items())]
     out.append(

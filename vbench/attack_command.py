@@ -10,7 +10,7 @@ from vbench import attack, commands
 
 
 def selftest_command(wanted: Sequence[str], device: str, out: Path, *, as_json: bool) -> int:
-    """Exit code 1 for a control that survived or an honest twin that was accused, 3 if nothing ran.
+    """Exit code 1 for a control that survived or an honest twin that was accused or died, 3 if nothing ran.
 
     Raises:
         UsageError, DataError: a name that is none, or a results folder that cannot be written.

@@ -12,6 +12,14 @@ from vbench.errors import UsageError
 DEFAULT_OUT = Path("results") / "runs"
 
 
+def _seconds(text: str) -> float:
+    """A time limit: a finite number above zero. argparse reports a ValueError as a bad value of the option."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"takes seconds above zero, not {text}")
+    return value
+
+
 def add_commands(commands: Any) -> None:
     """Add the commands to the subparsers ``commands``."""
     gate = commands.add_parser("gate", help="exit 1 if something of ours got slower or wrong, 3 if nothing was judged")
@@ -62,7 +70,7 @@ def add_commands(commands: Any) -> None:
     measure.add_argument("--baseline", type=Path, metavar="DIR", help="only cells of these records, of any effort")
     measure.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where (auto)")
     measure.add_argument("--pairs", type=int, default=3, metavar="N", help="process pairs, two processes each (3)")
-    measure.add_argument("--limit-s", type=float, metavar="S", help="measure as many cells as this has time for")
+    measure.add_argument("--limit-s", type=_seconds, metavar="S", help="measure as many cells as this has time for")
     measure.add_argument("--resume", nargs="+", default=[], metavar="RUN", help="leave out what these have N pairs of")
     measure.add_argument("--seed", type=int, default=0, metavar="N", help="seed of who leads (0)")
     measure.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results folder ({DEFAULT_OUT})")
@@ -87,7 +95,7 @@ def add_commands(commands: Any) -> None:
     selftest.add_argument("--cases", type=int, default=60, metavar="N", help="so many of the cheapest cases (60)")
     selftest.add_argument("--skip", type=int, default=0, metavar="N", help="leave out so many of the cheapest (0)")
     selftest.add_argument("--pairs", type=int, default=10, metavar="N", help="process pairs; 0: none, only --join (10)")
-    selftest.add_argument("--limit-s", type=float, metavar="S", help="measure as many cells as this has time for")
+    selftest.add_argument("--limit-s", type=_seconds, metavar="S", help="measure as many cells as this has time for")
     selftest.add_argument("--join", nargs="+", default=[], metavar="RUN", help="count the pairs of these runs too")
     selftest.add_argument(
         "--resume", nargs="+", default=[], metavar="RUN", help="as --join, and leave out what these have N pairs of"
@@ -123,8 +131,8 @@ def add_commands(commands: Any) -> None:
     fuzz.add_argument("--op", action="append", default=[], metavar="NAME", help="operation; repeatable (all)")
     fuzz.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where (auto)")
     fuzz.add_argument("--cases", type=int, default=1000, metavar="N", help="end after so many judged cases (1000)")
-    fuzz.add_argument("--limit-s", type=float, metavar="S", help="stop then, compiling or not; what is done counts")
-    fuzz.add_argument("--shrink-s", type=float, default=60.0, metavar="S", help="to shrink one kind of failure (60)")
+    fuzz.add_argument("--limit-s", type=_seconds, metavar="S", help="stop then, compiling or not; what is done counts")
+    fuzz.add_argument("--shrink-s", type=_seconds, default=60.0, metavar="S", help="to shrink one kind of failure (60)")
     fuzz.add_argument(
         "--frames",
         type=int,
@@ -169,7 +177,7 @@ def _add_pair_options(parser: argparse.ArgumentParser, pairs: int) -> None:
     parser.add_argument("--pairs", type=int, default=pairs, metavar="N", help=f"pairs at the first look ({pairs})")
     parser.add_argument("--max-pairs", type=int, metavar="N", help="pairs at the last look (twice --pairs)")
     parser.add_argument("--delta", type=float, default=0.01, metavar="PART", help="least change that counts (0.01)")
-    parser.add_argument("--limit-s", type=float, metavar="S", help="begin no pair that would end later than this")
+    parser.add_argument("--limit-s", type=_seconds, metavar="S", help="begin no pair that would end later than this")
     parser.add_argument(
         "--floors", metavar="RUN", help="run of selftest --aa here: do not gate what it found too noisy"
     )
@@ -224,6 +232,11 @@ def _selftest(arguments: argparse.Namespace) -> int:
         return selftest_command(arguments.control, arguments.device, arguments.out, as_json=arguments.json)
     if arguments.control:
         raise UsageError("selftest: --control goes without --aa")
+    for name in ("pairs", "skip"):
+        if getattr(arguments, name) < 0:
+            raise UsageError(f"selftest: --{name} takes numbers from 0 on")
+    if arguments.cases < 1:
+        raise UsageError("selftest: --cases takes numbers from 1 on")
     from vbench import compare_commands
 
     if arguments.simulated:

@@ -25,7 +25,18 @@ from vbench.resume import Pins, pins, refuse_changes
 from vbench.roofline import Attained, attained, ceilings
 from vbench.rows import MOST_ROWS, Limited, estimate_s, within_limit
 from vbench.sources import digest, job_digest
-from vbench.store import RUN_FILE, Key, RunStore, new_run_id, phase_walls, read_records, read_summary, start_counts
+from vbench.store import (
+    RUN_FILE,
+    Key,
+    Loaded,
+    RunStore,
+    load_records,
+    new_run_id,
+    phase_walls,
+    read_records,
+    read_summary,
+    start_counts,
+)
 from vbench.tallies import op_of
 
 
@@ -424,10 +435,24 @@ def find_run(run: str, out: Path) -> Path:
     raise UsageError(f"no run {run!r} in {out}, and no such path")
 
 
+def run_records(run: str, out: Path) -> Loaded:
+    """The records of a run. Lines that are not whole are named on stderr and left out: what ended is not lost by them.
+
+    Reviewed baselines are read by ``read_records``, which takes no such file.
+
+    Raises:
+        UsageError, DataError: no such run, or whole JSON that is no record, or an id seen twice.
+    """
+    loaded = load_records(find_run(run, out))
+    for line in loaded.torn:
+        print(f"vbench: {line}; left out, the rest is kept", file=sys.stderr)
+    return loaded
+
+
 def show_run(run: str, out: Path, failed: bool, case_hash: str | None, fmt: str) -> int:
     """``vbench show``. ``fmt``: ``table`` and ``markdown`` summarise, ``csv`` a row a record, ``json`` the records."""
     path = find_run(run, out)
-    records = read_records(path)
+    records: Sequence[Record] = run_records(run, out).records
     if failed:
         records = [r for r in records if r.outcome not in EXCUSED]
     if case_hash is not None:
@@ -489,7 +514,7 @@ def checked_command(run: str | None, kept: Path | None, out: Path, as_json: bool
     if run is not None and kept is not None:
         raise UsageError("--run and --kept: one of them")
     ops, infos = registry.ops(), registry.backends()
-    found = cells.read(kept) if kept is not None else cells.of_records(read_records(find_run(run or "", out)), ops)
+    found = cells.read(kept) if kept is not None else cells.of_records(run_records(run or "", out).records, ops)
 
     def current(backend: str, op: str) -> str | None:
         if backend not in infos or op not in infos[backend].ops:
@@ -524,7 +549,7 @@ def repro_command(case_hash: str, run: str, out: Path, backends: Sequence[str], 
     from vbench import repro
     from vbench.runner import detect_device
 
-    then = repro.select(read_records(find_run(run, out)), case_hash, backends)
+    then = repro.select(run_records(run, out).records, case_hash, backends)
     pairs = repro.run(then, registry.backends(), detect_device())
     code = repro.code(pairs)
     if as_json:
@@ -555,7 +580,7 @@ def claims_command(arguments: argparse.Namespace) -> int:
 
     ledger = _ledger(arguments.ledger)
     if arguments.verb == "coverage":
-        found = documents.coverage(_read(arguments.document), ledger)
+        found = documents.coverage(read_text(arguments.document), ledger, where=str(arguments.document))
         if arguments.json:
             print(json.dumps({"unaccounted": [str(n) for n in found]}, indent=1, ensure_ascii=False))
         else:
@@ -564,6 +589,10 @@ def claims_command(arguments: argparse.Namespace) -> int:
             print(f"{len(found)} unaccounted numerals")
         return 1 if found else 0
     records = read_records(arguments.records) if arguments.records is not None else baselines()
+    if arguments.records is not None and not records:
+        # Not even update: it would take every number out of the document.
+        print(f"nothing judged: {arguments.records} has no record")
+        return 3
     if arguments.verb == "list":
         verdicts = judge(ledger, records, current_sources=current_sources())
         if arguments.json:
@@ -572,10 +601,17 @@ def claims_command(arguments: argparse.Namespace) -> int:
             for v in verdicts:
                 print(f"{v.claim:<40} as stated: {v.stated}  restated: {v.restated}")
         return 0
-    text = _read(arguments.document)
+    text = read_text(arguments.document)
     where = str(arguments.document)
     if arguments.verb == "check":
-        drifts = documents.check(text, ledger, records, current_sources=current_sources(), where=where)
+        drifts = documents.check(
+            text,
+            ledger,
+            records,
+            current_sources=current_sources(),
+            where=where,
+            files=lambda path: _file(arguments.document.parent / path),
+        )
         if arguments.json:
             print(json.dumps({"drift": [str(d) for d in drifts]}, indent=1, ensure_ascii=False))
         else:
@@ -584,17 +620,32 @@ def claims_command(arguments: argparse.Namespace) -> int:
             print(f"{where}: {len(drifts)} generated spans differ from the records")
         return 1 if drifts else 0
     new = documents.update(text, ledger, records, current_sources=current_sources(), where=where)
+    drawn = documents.pictures(text, records, current_sources=current_sources(), where=where)
+    written = [where] if new != text else []
+    for name, picture in drawn.items():
+        path = arguments.document.parent / name
+        if _file(path) != picture:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(picture, encoding="utf-8")
+            written.append(str(path))
     if new != text:
         arguments.document.write_text(new, encoding="utf-8")
     if arguments.json:
-        print(json.dumps({"changed": new != text}))
+        print(json.dumps({"changed": bool(written)}))
     else:
-        print(f"{where}: {'rewritten' if new != text else 'unchanged'}")
+        print("\n".join(f"{path}: rewritten" for path in written) or f"{where}: unchanged")
     return 0
 
 
-def _read(path: Path) -> str:
+def _file(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def read_text(path: Path) -> str:
+    """A document. Raises DataError where it cannot be read as UTF-8 text."""
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; name a Markdown file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None

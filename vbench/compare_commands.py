@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from vbench.roofline import ceilings as ceilings_of
 from vbench.sides import Side
 from vbench.sources import digest
 from vbench.spec import Op
-from vbench.store import RECORDS, RunStore, load_records, new_run_id, read_records, write_records
+from vbench.store import RECORDS, RunStore, new_run_id, read_records, write_records
 
 
 def gate_command(run: str, out: Path, folder: Path, *, strict: bool, fmt: regression.Format) -> int:
@@ -32,14 +31,13 @@ def gate_command(run: str, out: Path, folder: Path, *, strict: bool, fmt: regres
         UsageError, DataError: no such run or baseline, or a file that is none.
     """
     path = commands.find_run(run, out)
-    loaded = load_records(path)
+    loaded = commands.run_records(run, out)
     reviewed = read_records(folder)
     result = regression.judge_run(reviewed, loaded.records, floor=_floor(), torn=loaded.torn)
     code, reasons = regression.exit_code(result, strict=strict)
-    if not loaded.records:
-        code, reasons = 3, ["nothing judged: the run has no record"]
-    for line in loaded.torn:
-        print(f"vbench: {line}; left out, the rest is kept", file=sys.stderr)
+    for what, records in ((f"baseline {folder}", reviewed), ("run", loaded.records)):
+        if not records and code != 1:
+            code, reasons = 3, [f"nothing judged: the {what} has no record"]
     print(regression.render(result, code, reasons, fmt, {"run": str(path), "baseline": str(folder)}))
     return code
 
@@ -68,7 +66,7 @@ def ab_command(specs: tuple[str, str] | tuple[str], arguments: argparse.Namespac
     suites = registry.suites()
     floors = {}
     if arguments.floors is not None:
-        floors = pairs.floors(read_records(commands.find_run(arguments.floors, arguments.out)), looks[0])
+        floors = pairs.floors(commands.run_records(arguments.floors, arguments.out).records, looks[0])
         if not floors:
             raise DataError(f"--floors {arguments.floors}: no cell of identical code in it has three pairs")
     try:
@@ -113,7 +111,12 @@ def baseline_update(
     books = commands.ledgers()
     registry.choose("ledger", [ledger], books)
     records = _joined(runs, out)
-    kept = baseline.select(records, texts, books[ledger], commands.current_sources())
+    if not records:
+        print(f"nothing judged: {', '.join(runs)} has no record")
+        return 3
+    read = {path: commands.read_text(path) for path in texts}
+    beside = baseline.staying(destination, records)
+    kept = baseline.select(records, read, books[ledger], commands.current_sources(), beside)
     if not kept:
         raise DataError("nothing to keep: no record of these runs is behind a number of the documents")
     by_suite = baseline.files(kept, records)
@@ -121,6 +124,7 @@ def baseline_update(
     found = baseline.changes(old, kept)
     timed = [[r for r in side if r.measurements] for side in (old, kept)]
     unlike = regression.differences(*timed) if all(timed) else ()
+    _refuse_other_machine(destination, timed[1])
     if as_json:
         body = {
             "changes": baseline.to_json(found),
@@ -142,11 +146,22 @@ def baseline_update(
     return 0
 
 
+def _refuse_other_machine(destination: Path, new: Sequence[Record]) -> None:
+    """Raises DataError where the folder holds times of another GPU: a driver may be new, the GPU is not."""
+    there = [r for r in read_records(destination) if r.measurements] if destination.exists() else []
+    unlike = regression.differences(there, new) if there and new else ()
+    others = "; ".join(str(d) for d in unlike if d.name in ("hardware", "gpu"))
+    if others:
+        raise DataError(
+            f"--baseline {destination}: {others}; nothing is written: give each machine a folder of its own"
+        )
+
+
 def _refuse_twins(records: Sequence[Record]) -> None:
     seen: set[str] = set()
     for record in records:
         if record.id in seen:
-            raise DataError(f"id {record.id} occurs in two of the runs: one of them is given twice")
+            raise DataError(f"id {record.id} occurs in two of the runs: one of them is given twice; name it once")
         seen.add(record.id)
 
 
@@ -206,7 +221,7 @@ def _joined(runs: Sequence[str], out: Path) -> list[Record]:
     Raises:
         UsageError, DataError: no such run, records that cannot be read, or one run given twice.
     """
-    records = [record for run in runs for record in read_records(commands.find_run(run, out))]
+    records = [record for run in runs for record in commands.run_records(run, out).records]
     _refuse_twins(records)
     return records
 
@@ -234,8 +249,10 @@ def baseline_measure(arguments: argparse.Namespace) -> int:
     if arguments.claims:
         cells = [c for c in cells if not idle(c)]
     if arguments.baseline is not None:
-        held = {(case, who) for case, who, _ in baseline.readings(read_records(arguments.baseline))}
-        cells = [c for c in cells if (c.case, c.who) in held]
+        cost_s = baseline.costs_s(read_records(arguments.baseline))
+        cells = [c for c in cells if (c.case, c.who) in cost_s]
+        # The cheapest first: a limit then buys the most cells that can be gated.
+        cells.sort(key=lambda c: (idle(c), cost_s[c.case, c.who]))
     if not every:
         raise UsageError("baseline measure: no timed case of these backends here; name one with --case")
     if not cells:
@@ -261,14 +278,17 @@ def _own_cases(
 ) -> tuple[Mapping[str, BackendInfo], list[ab.Chosen], Sequence[str]]:
     """All backends, the timed cases asked for, and whose they are to be: our own ones' unless named."""
     infos, ops, suites = registry.backends(), registry.ops(), registry.suites()
-    cases = ab.chosen_cases(
-        [suites[name] for name in registry.choose("suite", arguments.suite, suites)],
-        ops,
-        only_ops=registry.choose("op", arguments.op, ops),
-        cases=arguments.case,
-        effort=effort,
-        device=commands.device_of(arguments.device),
-    )
+    try:
+        cases = ab.chosen_cases(
+            [suites[name] for name in registry.choose("suite", arguments.suite, suites)],
+            ops,
+            only_ops=registry.choose("op", arguments.op, ops),
+            cases=arguments.case,
+            effort=effort,
+            device=commands.device_of(arguments.device),
+        )
+    except CaseError as error:
+        raise UsageError(f"--case: {error}") from None
     own = [n for n, info in infos.items() if info.role == "own" and info.timed and not info.problem]
     return infos, cases, registry.choose("backend", arguments.backend, infos) if arguments.backend else own
 
@@ -349,9 +369,7 @@ def report_command(run: str, out: Path, output: Path) -> int:
     from vbench import html_report
 
     path = commands.find_run(run, out)
-    loaded = load_records(path)
-    for line in loaded.torn:
-        print(f"vbench: {line}; left out, the rest is kept", file=sys.stderr)
+    loaded = commands.run_records(run, out)
     if not loaded.records:
         print(f"nothing to report: {path} has no record")
         return 3

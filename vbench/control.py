@@ -28,7 +28,10 @@ class Control:
         op: the operation it pretends to compute.
         cases: it is caught if one of them catches it.
         twin_cases: all of which the twin must pass.
-        oracle: which of ``vbench.check.ORACLES`` is meant to catch it, or ``isolation`` (it takes its process down).
+        oracle: which of ``vbench.check.ORACLES`` is meant to catch it, or ``isolation`` (it takes its process down, or
+            raises). It is caught only by a finding of that kind (``vbench.attack.FINDINGS``).
+        or_by: oracles that may see it instead: a race may win the first launch and lose a later one.
+        raises: names of the exceptions by which ``isolation`` is to see it; any other is not its fault.
         fault: what is wrong, in a sentence.
         imitates: the real bug, as ``owner/repository#issue``.
         needs: where it can run.
@@ -47,6 +50,8 @@ class Control:
     needs: Literal["cpu", "cuda"] = "cpu"
     kind: Literal["check", "time"] = "check"
     deadline_s: float = 60.0
+    or_by: tuple[str, ...] = ()
+    raises: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

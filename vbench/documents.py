@@ -13,8 +13,12 @@ What is a name, and so no numeral
 Spans
     ``<!-- vbench:claim ID -->...<!-- /vbench -->`` anywhere, in a table's cell too, holds one line.
     ``<!-- vbench:table SELECTOR -->...<!-- /vbench -->`` starts and ends on lines of its own.
+    ``<!-- vbench:plot FILE STYLE SELECTOR [| NAME: WORDS ...] -->...<!-- /vbench -->``, too: an image of a table of
+    kind ratio, or of several, each with further WORDS of its own; its words for who does not see it; and the SVG file,
+    whose path starts at the document's folder. STYLE is ``lines`` (a line a row over the columns, which are numbers) or
+    ``rows`` (a row a cell, under NAME).
     Marks in code (fenced or between backticks) are text. A selector is a kind and ``key=value`` words; several values
-    are joined by commas:
+    are joined by commas, ``unsaid`` stands for a parameter that the case leaves out:
         ratio quantity=Q backend=WHO over=WHO rows=P cols=P [hardware=C] [kind=time|check] [PARAMETER=VALUES ...]
         value quantity=Q backend=WHO rows=P cols=P ...      (as ratio, one side)
         outcomes [hardware=C] [kind=time|check] [suite=S]   (backend x op, jobs counted by outcome)
@@ -26,16 +30,18 @@ Spans
 from __future__ import annotations
 
 import bisect
+import difflib
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from vbench import tallies
-from vbench.claims import CLASS_PATTERN, VERDICT_WORDS, Figures, Ledger
+from vbench.claims import CLASS_PATTERN, UNSAID, VERDICT_WORDS, Figures, Ledger
 from vbench.errors import DataError
 from vbench.judge import (
+    SINGLE_PROCESS_MARGIN,
     ClaimVerdict,
     CurrentSources,
     Finding,
@@ -44,7 +50,9 @@ from vbench.judge import (
     judge,
     quantity_of,
 )
+from vbench.pictures import Group, Mark, alternative, draw_lines, draw_rows
 from vbench.record import Outcome, Record
+from vbench.student import log_interval
 
 #: Product names that end in digits not glued to a letter.
 NAMES = (r"RTX [0-9]{4}", r"GPT-[0-9]", r"LLaMA-[0-9]+B", r"Llama-[0-9]+-[0-9]+B", r"Level [0-9](?:/[0-9])*")
@@ -146,12 +154,12 @@ def _fenced_lines(lines: Sequence[str]) -> list[bool]:
     return flags
 
 
-def numerals(text: str) -> list[Numeral]:
+def numerals(text: str, where: str = "document") -> list[Numeral]:
     """Every numeral of a Markdown document in order; see the module's rule of what is a name.
 
     Spans of ours are left out: records account for them.
     """
-    spans = list(_spans(text, "document"))
+    spans = list(_spans(text, where))
     blank = list(text)
     for span in spans:
         for i in range(span.start, span.end):
@@ -173,7 +181,7 @@ def numerals(text: str) -> list[Numeral]:
     return found
 
 
-def coverage(text: str, ledger: Ledger) -> list[Gap]:
+def coverage(text: str, ledger: Ledger, *, where: str = "document") -> list[Gap]:
     """What keeps the ledger from accounting for every numeral of ``text``, in order; empty if nothing does.
 
     A figure is matched by heading number, numeral and occurrence, so the text may be another version than the one
@@ -182,7 +190,7 @@ def coverage(text: str, ledger: Ledger) -> list[Gap]:
     owned: dict[tuple[int, str, int], list[str]] = {}
     owners: list[tuple[str, int, tuple[Figures, ...]]] = [(f"claim {c.id}", c.line, c.figures) for c in ledger.claims]
     owners += [(f"exclusion {e.section!r}", e.line, e.figures) for e in ledger.exclusions]
-    there = numerals(text)
+    there = numerals(text, where)
     keys = {(n.heading, n.text, n.nth) for n in there}
     gaps: list[Gap] = []
     lost: list[Gap] = []
@@ -254,12 +262,15 @@ def _spans(text: str, where: str) -> Iterator[_Span]:
             continue
         if open_mark is not None:
             raise DataError(f"{here}: a span inside the span opened at line {open_mark[3]}; spans do not nest")
-        head = re.fullmatch(r":(claim|table)\s+(\S.*?)\s*", mark.group(2), re.DOTALL)
+        head = re.fullmatch(r":(claim|table|plot)\s+(\S.*?)\s*", mark.group(2), re.DOTALL)
         if head is None or "\n" in mark.group(2):
-            raise DataError(f"{here}: expected <!-- vbench:claim ID --> or <!-- vbench:table SELECTOR -->")
+            raise DataError(f"{here}: expected <!-- vbench:claim ID -->, vbench:table SELECTOR or vbench:plot FILE ...")
         open_mark = (head.group(1), head.group(2), mark, line)
     if open_mark is not None:
-        raise DataError(f"{where}:{open_mark[3]}: span vbench:{open_mark[0]} is never closed by <!-- /vbench -->")
+        raise DataError(
+            f"{where}:{open_mark[3]}: span vbench:{open_mark[0]} {open_mark[1]} is never closed; "
+            "end what is generated with <!-- /vbench -->"
+        )
 
 
 def check(
@@ -269,8 +280,13 @@ def check(
     *,
     current_sources: CurrentSources,
     where: str = "document",
+    files: Callable[[str], str | None] | None = None,
 ) -> list[Drift]:
     """The spans whose content is not what ``update`` would write.
+
+    Args:
+        files: the text of a file by its path from the document's folder, ``None`` where there is none; without it, the
+            files of plots are not looked at.
 
     Raises:
         DataError: a mark, claim id or selector that means nothing (file and line named).
@@ -278,10 +294,17 @@ def check(
     verdicts = judge(ledger, records, current_sources=current_sources)
     drifts: list[Drift] = []
     for span in _spans(text, where):
+        what = f"vbench:{span.kind} {span.selector}"
         expected = _render(span, text, ledger, verdicts, records, current_sources, where)
         found = text[span.start : span.end]
         if found != expected:
-            drifts.append(Drift(where, span.line, f"vbench:{span.kind} {span.selector}", found, expected))
+            drifts.append(Drift(where, span.line, what, found, expected))
+        if span.kind == "plot" and files is not None:
+            path, picture = _picture(span, records, current_sources, where)
+            there = files(path)
+            if there != picture:
+                state = "no file" if there is None else "another picture"
+                drifts.append(Drift(where, span.line, what, state, f"{path} as generated"))
     return drifts
 
 
@@ -307,6 +330,18 @@ def update(
     return "".join((*out, text[at:]))
 
 
+def pictures(
+    text: str, records: Sequence[Record], *, current_sources: CurrentSources, where: str = "document"
+) -> dict[str, str]:
+    """The SVG files of the document's plots: path from the document's folder -> text.
+
+    Raises:
+        DataError: as ``check``.
+    """
+    spans = [span for span in _spans(text, where) if span.kind == "plot"]
+    return dict(_picture(span, records, current_sources, where) for span in spans)
+
+
 def evidence(
     text: str, ledger: Ledger, records: Sequence[Record], *, current_sources: CurrentSources, where: str = "document"
 ) -> list[Record]:
@@ -315,25 +350,36 @@ def evidence(
     Raises:
         DataError: as ``check``.
     """
-    verdicts = {v.claim: v for v in judge(ledger, records, current_sources=current_sources)}
+    verdicts = judge(ledger, records, current_sources=current_sources)
     ids: set[str] = set()
     for span in _spans(text, where):
-        selector = _Selector(span.selector, f"{where}:{span.line}") if span.kind == "table" else None
+        here = f"{where}:{span.line}"
+        if span.kind == "plot":
+            for part in _plot(span.selector, here).parts:
+                ids |= _in_grid(_grid(_Selector(part.selector, here), records))
+            continue
+        selector = _Selector(span.selector, here) if span.kind == "table" else None
         if selector is not None and selector.kind == "rates":
             backend = selector.given.get("backend")
             ids |= {r.id for r in records if r.kind == "selftest" and r.backend == backend}
         if selector is not None and selector.kind == "search":
             ids |= {r.id for r in _rounds(selector, records)}
         if selector is not None and selector.kind in ("ratio", "value"):
-            grid = _grid(selector, records)
-            for cell in grid.found.values():
-                runs = [{r.run for r in cell.get(who, ())} for who in grid.sides]
-                together = set.intersection(*runs)
-                ids |= {r.id for side in cell.values() for r in side if r.run in together}
+            ids |= _in_grid(_grid(selector, records))
         elif selector is None or selector.kind == "claims":
-            chosen = verdicts.values() if selector is not None else filter(None, [verdicts.get(span.selector)])
+            chosen = verdicts if selector is not None else [_verdict(span.selector, verdicts, ledger, here)]
             ids |= {i for v in chosen for f in v.findings for i in f.rests_on}
     return [r for r in records if r.id in ids]
+
+
+def _verdict(claim: str, verdicts: Sequence[ClaimVerdict], ledger: Ledger, here: str) -> ClaimVerdict:
+    """The verdict on a claim. Raises DataError for an id that the ledger has not, with the nearest one."""
+    for verdict in verdicts:
+        if verdict.claim == claim:
+            return verdict
+    near = difflib.get_close_matches(claim, [v.claim for v in verdicts], 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise DataError(f"{here}: no claim {claim!r} in {ledger.path}; {hint}vbench claims list names all of them")
 
 
 def _render(
@@ -347,15 +393,16 @@ def _render(
 ) -> str:
     here = f"{where}:{span.line}"
     if span.kind == "claim":
-        verdict = next((v for v in verdicts if v.claim == span.selector), None)
-        if verdict is None:
-            raise DataError(f"{here}: no claim {span.selector!r} in {ledger.path}")
-        return claim_line(verdict)
+        return claim_line(_verdict(span.selector, verdicts, ledger, here))
     before = text[text.rfind("\n", 0, span.opened) + 1 : span.opened]
     closing = text.find("\n", text.index("-->", span.end))
     after = text[text.index("-->", span.end) + 3 : closing if closing >= 0 else len(text)]
     if before.strip() or after.strip():
-        raise DataError(f"{here}: a table's marks stand on lines of their own")
+        raise DataError(f"{here}: a {span.kind}'s marks stand on lines of their own")
+    if span.kind == "plot":
+        plot = _plot(span.selector, here)
+        alt, _ = plot.draw(records, current_sources, here)
+        return f"\n\n![{alt}]({plot.path})\n\n"
     rows = _table(_Selector(span.selector, here), verdicts, records, current_sources)
     # Blank lines: Markdown takes what follows an HTML comment without one for part of it.
     return "\n\n" + "\n".join(rows) + "\n\n"
@@ -502,11 +549,12 @@ def _grid(selector: _Selector, records: Sequence[Record]) -> _Grid:
         got_op, params = case_params(record.case)
         if record.kind != kind or record.who not in sides or got_op != op:
             continue
-        unknown = [name for name in (rows, cols, *wanted) if name not in params]
+        shown = (rows, cols, *(name for name, values in wanted.items() if UNSAID not in values))
+        unknown = [name for name in shown if name not in params]
         if unknown:
             raise DataError(f"{here}: {op} has no parameter {unknown[0]!r}; it has {', '.join(sorted(params))}")
         elsewhere = record.hardware not in (hardware, "") and hardware != "any"
-        if elsewhere or any(params[name] not in values for name, values in wanted.items()):
+        if elsewhere or any(params.get(name, UNSAID) not in v for name, v in wanted.items()):
             continue
         key = (params[rows], params[cols])
         cases.setdefault(key, set()).add(record.case)
@@ -531,34 +579,168 @@ def _cells_table(selector: _Selector, records: Sequence[Record], current_sources
     return _markdown([grid.rows, *(f"{grid.cols}={c}" for c in columns)], body)
 
 
+def _in_grid(grid: _Grid) -> set[str]:
+    """Ids of the records behind a grid's cells: those of runs that have every side."""
+    ids: set[str] = set()
+    for cell in grid.found.values():
+        together = set.intersection(*({r.run for r in cell.get(who, ())} for who in grid.sides))
+        ids |= {r.id for side in cell.values() for r in side if r.run in together}
+    return ids
+
+
+@dataclass(frozen=True, slots=True)
+class _Figures:
+    """A cell's values, one a process run; or ``gap``, why there is none. ``wrong``: the outcome of a wrong peer."""
+
+    values: tuple[float, ...] = ()
+    gap: str = ""
+    wrong: str = ""
+
+
 def _cell(
     found: Mapping[str, list[Record]], sides: Sequence[str], quantity: str, unit: str, current_sources: CurrentSources
 ) -> str:
     """One cell: the median over process runs; or why there is none. A wrong peer's figure is marked as wrong."""
+    got = _figures(found, sides, quantity, current_sources)
+    if got.gap:
+        return got.gap
+    return quantity_text(statistics.median(got.values), unit) + (f" ({got.wrong})" if got.wrong else "")
+
+
+def _figures(
+    found: Mapping[str, list[Record]], sides: Sequence[str], quantity: str, current_sources: CurrentSources
+) -> _Figures:
     by_run: list[dict[str, float]] = []
     wrong = ""
     for who in sides:
         side = found.get(who, [])
         if not side:
-            return "no record"
+            return _Figures(gap="no record")
         if any(is_stale(r, current_sources) for r in side):
-            return "STALE"
+            return _Figures(gap="STALE")
         values = {r.run: v for r in side if (v := quantity_of(r, quantity)) is not None}
         if not values:
-            return f"{side[0].outcome.value}({side[0].reason})" if side[0].reason else side[0].outcome.value
+            return _Figures(gap=side[0].label)
         wrong = wrong or next((r.outcome.value for r in side if r.outcome is not Outcome.PASSED), "")
         by_run.append(values)
     runs = sorted(set.intersection(*(set(values) for values in by_run)))
     if not runs:
-        return "no common run"
+        return _Figures(gap="no common run")
     if len(by_run) == 1:
         figures = [by_run[0][run] for run in runs]
     else:
         first, second = (by_run[1], by_run[0]) if quantity.startswith("time.") else (by_run[0], by_run[1])
         if any(second[run] == 0 for run in runs):
-            return "over zero"
+            return _Figures(gap="over zero")
         figures = [first[run] / second[run] for run in runs]
-    return quantity_text(statistics.median(figures), unit) + (f" ({wrong})" if wrong else "")
+    return _Figures(tuple(figures), wrong=wrong)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A table of a plot, with the name that the picture gives it (may be empty)."""
+
+    name: str
+    selector: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Plot:
+    """What a plot's mark asks for."""
+
+    path: str
+    style: str
+    parts: tuple[_Part, ...]
+
+    def draw(self, records: Sequence[Record], current_sources: CurrentSources, here: str) -> tuple[str, str]:
+        """(words for who does not see it, SVG)."""
+        groups: list[Group] = []
+        heads: dict[str, None] = {}
+        overs: dict[str, None] = {}
+        columns: dict[str, None] = {}
+        for part in self.parts:
+            selector = _Selector(part.selector, here)
+            if selector.kind != "ratio":
+                raise DataError(f"{here}: a plot shows tables of kind ratio, not {selector.kind!r}")
+            op = selector.given.get("op", "")
+            grid = _grid(selector, records)
+            heads[f"{op} by {grid.sides[0]}"] = None
+            overs[f"{grid.quantity}: times as fast as {grid.sides[1]}"] = None
+            columns[grid.cols] = None
+            groups += self._groups(grid, part.name, current_sources, here)
+        label = ", ".join(overs)
+        alt = alternative(groups, f"{', '.join(heads)}, {label}")
+        if self.style == "rows":
+            return alt, draw_rows(groups, label, alt)
+        return alt, draw_lines(groups, ", ".join(columns), label, alt)
+
+    def _groups(self, grid: _Grid, name: str, current_sources: CurrentSources, here: str) -> list[Group]:
+        names = sorted({r for r, _ in grid.found}, key=_order)
+        columns = sorted({c for _, c in grid.found}, key=_order)
+        if not names:
+            return [Group(name, [Mark("", 1.0, word="NOT_RUN")])]
+        by_row: dict[str, list[Mark]] = {}
+        for row in names:
+            for column in columns:
+                if self.style == "lines" and not (column.isdecimal() and int(column) > 0):
+                    raise DataError(f"{here}: lines need numbers above zero in {grid.cols}=, not {column!r}; use rows")
+                label = f"{grid.cols}={column}" if self.style == "lines" else _both(grid, row, column)
+                x = float(column) if self.style == "lines" else 0.0
+                got = _figures(grid.found.get((row, column), {}), grid.sides, grid.quantity, current_sources)
+                by_row.setdefault(row, []).append(_mark(label, x, got))
+        if self.style == "rows":
+            return [Group(name, [mark for marks in by_row.values() for mark in marks])]
+        first = f"{name}, " if name else ""
+        return [Group(f"{first}{_named(grid.rows, row)}", marks) for row, marks in by_row.items()]
+
+
+def _named(key: str, value: str) -> str:
+    """``d=64``, but ``nvfp4`` alone: a word says what it is."""
+    return f"{key}={value}" if value.isdecimal() else value
+
+
+def _both(grid: _Grid, row: str, column: str) -> str:
+    return f"{_named(grid.rows, row)}, {_named(grid.cols, column)}"
+
+
+def _mark(label: str, x: float, got: _Figures) -> Mark:
+    """A value with 95 % over process runs, or the judge's margin of one; a wrong peer's is none."""
+    if got.gap or got.wrong:
+        return Mark(label, x, word=got.gap or got.wrong)
+    value = statistics.median(got.values)
+    if len(got.values) > 1:
+        _, low, high = log_interval(got.values, 0.95)
+    else:
+        low, high = value * (1 - SINGLE_PROCESS_MARGIN), value * (1 + SINGLE_PROCESS_MARGIN)
+    return Mark(label, x, value, low, high, text=quantity_text(value, "x"))
+
+
+_FILE = re.compile(r"(?!.*\.\.)\w[\w./-]*\.svg")
+
+
+def _plot(text: str, here: str) -> _Plot:
+    """Read ``FILE STYLE SELECTOR [| NAME: WORDS ...]``. Raises DataError where it is none."""
+    head, *parts = (part.strip() for part in text.split("|"))
+    path, style, common = (*head.split(maxsplit=2), "", "", "")[:3]
+    if not _FILE.fullmatch(path):
+        raise DataError(f"{here}: {path!r} is no path of an .svg file below the document's folder")
+    if style not in ("lines", "rows"):
+        raise DataError(f"{here}: a plot is of style lines or rows, not {style!r}")
+    if not common:
+        raise DataError(f"{here}: a plot needs what it shows after its style: ratio quantity=...")
+    found = []
+    for part in parts:
+        name, sep, words = part.partition(": ")
+        if not sep:
+            raise DataError(f"{here}: a part of a plot is NAME: key=value ..., not {part!r}")
+        found.append(_Part(name, f"{common} {words.strip()}"))
+    return _Plot(path, style, tuple(found) or (_Part("", common),))
+
+
+def _picture(span: _Span, records: Sequence[Record], current_sources: CurrentSources, where: str) -> tuple[str, str]:
+    here = f"{where}:{span.line}"
+    plot = _plot(span.selector, here)
+    return plot.path, plot.draw(records, current_sources, here)[1]
 
 
 def _outcomes_table(selector: _Selector, records: Sequence[Record]) -> list[str]:

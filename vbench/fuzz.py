@@ -209,6 +209,11 @@ class Found:
         return None if error is None else float(error.worst_over_budget)
 
     @property
+    def excused(self) -> bool:
+        """Whether a trivial kernel would have been right too, for a reason (``vbench.check.trivial_survivors``)."""
+        return bool(self.fields.get("metrics", {}).get("degenerate"))
+
+    @property
     def compile_s(self) -> float:
         """What the first launch took beyond a steady one."""
         first, steady = self.fields.get("first_launch_s"), self.fields.get("steady_launch_s")
@@ -241,6 +246,7 @@ def round_metrics(found: Sequence[Found], wall_s: float) -> dict[str, float]:
     return {
         **{name: float(n) for name, n in counts.items()},
         "round_wall_s": wall_s,
+        "degenerate": float(sum(f.excused for f in found)),
         "compile_s": sum(f.compile_s for f in found),
         "worker_s": sum(f.elapsed_s for f in found),
         **distribution([f.ratio for f in passed if f.ratio is not None]),

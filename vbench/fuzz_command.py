@@ -187,7 +187,7 @@ def _case_id(text: str, out: Path) -> str:
     """The id that ``text`` is, or is the hash of in the newest run."""
     if "[" in text:
         return text
-    found = {r.case for r in read_records(commands.find_run("latest", out)) if case_hash(r.case) == text}
+    found = {r.case for r in commands.run_records("latest", out).records if case_hash(r.case) == text}
     if not found:
         raise UsageError(f"no case with hash {text!r} in the newest run; give the id")
     return found.pop()

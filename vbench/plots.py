@@ -95,6 +95,7 @@ def build(
     limits: Sequence[Limit] = (),
     places: int | None = None,
     y_words: Callable[[float], str] = plain,
+    marked: Sequence[float] = (),
     colour: Callable[[str], int],
 ) -> Plot:
     """Lay out a plot with logarithmic axes, or with places on x.
@@ -103,6 +104,7 @@ def build(
         series: at least one point in all, values above zero.
         places: x counts places 0, 1, ... below this, without words; a logarithmic axis where ``None``.
         y_words: of a tick.
+        marked: where the logarithmic x axis is to have its ticks; round numbers where none are given.
         colour: number of a series' colour.
     """
     points = [p for s in series for p in s.points]
@@ -116,7 +118,8 @@ def build(
         def x_of(value: float) -> float:
             return LEFT + (RIGHT - LEFT) * math.log(value / x_low) / math.log(x_high / x_low)
 
-        x_ticks = [Tick(round(x_of(v), 1), plain(v)) for v in log_ticks(x_low, x_high)]
+        words = "{:g}".format if marked else plain
+        x_ticks = [Tick(round(x_of(v), 1), words(v)) for v in marked or log_ticks(x_low, x_high)]
     else:
 
         def x_of(value: float) -> float:

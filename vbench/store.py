@@ -245,10 +245,21 @@ def _text(file: Path) -> str:
         raise DataError(f"{file}: cannot be read as UTF-8 text ({error})") from None
 
 
-def _add(records: dict[str, Record], record: Record, where: str) -> None:
-    if record.id in records:
-        raise DataError(f"{where}: id {record.id} occurs twice; a job leaves one record a run")
-    records[record.id] = record
+class _Ids:
+    """Records by id, with the line of each, so that a second one of an id can be told from the first."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, Record] = {}
+        self._where: dict[str, str] = {}
+
+    def add(self, record: Record, where: str) -> None:
+        if record.id in self.records:
+            first = self._where[record.id]
+            raise DataError(
+                f"{where}: id {record.id} occurs twice (first: {first}); a job leaves one record a run: remove one"
+            )
+        self.records[record.id] = record
+        self._where[record.id] = where
 
 
 def read_records(path: Path) -> list[Record]:
@@ -257,7 +268,7 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         DataError: nothing there, or a line that is no record (file, line and rule named), or an id seen twice.
     """
-    records: dict[str, Record] = {}
+    found = _Ids()
     for file in _files(path):
         text = _text(file)
         for number, line in enumerate(text.splitlines(), start=1):
@@ -268,9 +279,11 @@ def read_records(path: Path) -> list[Record]:
             except DataError as error:
                 if text.endswith("\n") or number < text.count("\n") + 1:
                     raise
-                raise DataError(f"{error}; the run was cut off here: vbench run --resume {file.parent}") from None
-            _add(records, record, f"{file}:{number}")
-    return list(records.values())
+                resume = file.name == RECORDS and (file.parent / RUN_FILE).is_file()
+                advice = f"vbench run --resume {file.parent}" if resume else "remove this line to keep the rest"
+                raise DataError(f"{error}; the file was cut off here: {advice}") from None
+            found.add(record, f"{file}:{number}")
+    return list(found.records.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +306,7 @@ def load_records(path: Path) -> Loaded:
     Raises:
         DataError: nothing there, whole JSON that is no record, or an id seen twice.
     """
-    records: dict[str, Record] = {}
+    found = _Ids()
     torn: list[str] = []
     for file in _files(path):
         for number, line in enumerate(_text(file).splitlines(), start=1):
@@ -309,8 +322,8 @@ def load_records(path: Path) -> Loaded:
             if impossible:
                 kept = {**body, "measurements": [], "outcome": Outcome.INVALID.value, "reason": "impossible_time"}
                 line = json.dumps({**kept, "detail": impossible})
-            _add(records, Record.from_json(line, where), where)
-    return Loaded(tuple(records.values()), tuple(torn))
+            found.add(Record.from_json(line, where), where)
+    return Loaded(tuple(found.records.values()), tuple(torn))
 
 
 def _impossible_time(body: Any) -> str:

@@ -32,7 +32,8 @@ class Tally:
     """One kernel over its rounds.
 
     Args:
-        counts: ``COUNTS``, and seconds ``compile_s`` and ``worker_s``.
+        counts: ``COUNTS``; ``degenerate``, cases on which a trivial kernel would have been right too (absent from older
+            rounds); seconds ``compile_s`` and ``worker_s``.
         bins: ``bin_name`` -> cases that passed.
         worst: largest error over budget of what passed.
         records: ids of the rounds.
@@ -49,7 +50,7 @@ class Tally:
         for name, value in record.metrics.items():
             if name == "exact" or name.startswith("to_"):
                 self.bins[name] = self.bins.get(name, 0.0) + value
-            elif name in COUNTS or name in ("compile_s", "worker_s"):
+            elif name in COUNTS or name in ("degenerate", "compile_s", "worker_s"):
                 self.counts[name] = self.counts.get(name, 0.0) + value
         self.worst = max(self.worst, record.metrics.get("worst", 0.0))
         self.records.append(record.id)
@@ -77,12 +78,14 @@ def tallies(records: Iterable[Record]) -> Mapping[tuple[str, str], Tally]:
 
 def rows(records: Iterable[Record]) -> tuple[list[str], list[list[str]]]:
     """Head and cells of a table: a row a kernel that passed or failed anything."""
-    head = ["op", "kernel", *COUNTS, "half within", "90 % within", "99 % within", "worst"]
+    head = ["op", "kernel", *COUNTS, "degenerate", "half within", "90 % within", "99 % within", "worst"]
     body = []
     for t in tallies(records).values():
         if t.counts.get("passed", 0) + t.counts.get("failed", 0) == 0:
             continue
         ends = [t.at_most(part) for part in (0.5, 0.9, 0.99)]
         cells = ["-" if end is None else f"{end:.2f}" for end in ends]
-        body.append([t.op, t.who, *(f"{t.counts.get(n, 0):.0f}" for n in COUNTS), *cells, f"{t.worst:.3f}"])
+        counts = [f"{t.counts.get(n, 0):.0f}" for n in COUNTS]
+        counts.append(f"{t.counts['degenerate']:.0f}" if "degenerate" in t.counts else "-")
+        body.append([t.op, t.who, *counts, *cells, f"{t.worst:.3f}"])
     return head, body

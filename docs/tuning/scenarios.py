@@ -42,7 +42,7 @@ ROWS: tuple[tuple[str, list[str]], ...] = (
     ("cluster", ["--preset", "large", *MIXED, "--vgpu-auto", "--use-fp4", "--use-flash-attn", "--budget", "24GB"]),
 )
 #: What the GPU rows ask for -> what the tiny preset is asked for on a CPU. The last budget has no room for all of it.
-SMALL = {"medium": "tiny", "large": "tiny", "8GB": "1GB", "24GB": "1GB", "4.5GB": "475MB", "5GB": "475MB"}
+SMALL = {"medium": "tiny", "large": "tiny", "8GB": "1GB", "24GB": "1GB", "4.5GB": "485MB", "5GB": "485MB"}
 STEPS = 10
 #: Two checkpoints of the largest preset, with room to spare.
 SCRATCH_BYTES = 16 << 30

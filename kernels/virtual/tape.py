@@ -9,8 +9,10 @@ parameter's gradient lives until the optimizer's step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 #: Kinds of live memory: what operations made, what the output layer and the loss made (their gradients too), gradients
 #: of the rest, gradients of parameters, and memory inside one operation.
@@ -20,9 +22,20 @@ KINDS = ("activations", "logits", "activation_gradients", "parameter_gradients",
 GRANULE_BYTES = 512
 
 
+class Allocator(Protocol):
+    """Who gives the bytes out; what ``allocate`` returns, ``free`` takes."""
+
+    def allocate(self, size_bytes: int) -> Any: ...
+
+    def free(self, block: Any) -> None: ...
+
+
 @dataclass(eq=False, slots=True)
 class Storage:
-    """A block of memory. ``references``: local names, savers and gradient buffers that hold it."""
+    """A block of memory. ``references``: local names, savers and gradient buffers that hold it.
+
+    ``block``: what the tape's allocator gave for it.
+    """
 
     size_bytes: int
     what: str
@@ -30,6 +43,7 @@ class Storage:
     references: int = 0
     #: parameters, buffers and inputs: counted elsewhere
     outside: bool = False
+    block: Any = None
 
 
 @dataclass(eq=False, slots=True)
@@ -85,11 +99,26 @@ class Tape:
     Args:
         saving: False for a forward without autograd, as checkpointing runs it.
         granule_bytes: storages are rounded up to it.
+        allocator: is asked for every storage in the order in which they come, and may refuse.
+        leaving: parameters whose gradients leave the device once complete (streamed ones); ``in_flight`` of these
+            copies may be under way while the next gradient is made.
     """
 
-    def __init__(self, *, saving: bool = True, granule_bytes: int = GRANULE_BYTES) -> None:
+    def __init__(
+        self,
+        *,
+        saving: bool = True,
+        granule_bytes: int = GRANULE_BYTES,
+        allocator: Allocator | None = None,
+        leaving: Container[str] = (),
+        in_flight: int = 0,
+    ) -> None:
         self.saving = saving
         self._granule_bytes = granule_bytes
+        self._allocator = allocator
+        self._leaving = leaving
+        self._in_flight = in_flight
+        self._on_the_way: deque[Storage] = deque()
         self._steps: list[_Step] = []
         self._live = dict.fromkeys(KINDS, 0)
         self._live_bytes = 0
@@ -205,6 +234,15 @@ class Tape:
         start = self._allocate(loss.grad_bytes, "loss", "logits")
         start.references += 1
         self._walk({loss: start})
+        while self._on_the_way:
+            self._release(self._on_the_way.popleft())
+
+    def drop_gradients(self) -> None:
+        """What the optimizer does once it has stepped: parameters' gradients are let go of."""
+        for storage in self._gradients.values():
+            self._release(storage)
+        self._gradients.clear()
+        self._views.clear()
 
     def _walk(self, gradients: dict[Value, Storage]) -> None:
         while self._steps:
@@ -233,6 +271,7 @@ class Tape:
             self._drop_saved(step)
             for grad, storage in zip(step.weight_grads, computed, strict=True):
                 self._keep_gradient(grad, storage)
+                self._send_home(grad.name)
             for value, storage in made:
                 self._add_gradient(gradients, value, storage)
 
@@ -272,6 +311,17 @@ class Tape:
             self._gradients[grad.name] = total
         self._release(storage)
 
+    def _send_home(self, name: str) -> None:
+        """A complete gradient that leaves: gone once ``in_flight`` others are on their way after it."""
+        # One that a later operation adds to (a tied table's) is not complete.
+        if name not in self._leaving or any(g.name == name for step in self._steps for g in step.weight_grads):
+            return
+        storage = self._gradients.pop(name)
+        self._views.discard(storage)
+        self._on_the_way.append(storage)
+        if len(self._on_the_way) > self._in_flight:
+            self._release(self._on_the_way.popleft())
+
     def _add_gradient(self, gradients: dict[Value, Storage], value: Value, storage: Storage) -> None:
         if value in gradients:
             self._release(storage)  # added in place to the first
@@ -309,7 +359,8 @@ class Tape:
 
     def _allocate(self, size_bytes: int, what: str, kind: str = "") -> Storage:
         rounded = -(-size_bytes // self._granule_bytes) * self._granule_bytes
-        storage = Storage(rounded, what, kind or _forward_kind(what))
+        block = self._allocator.allocate(rounded) if self._allocator is not None else None
+        storage = Storage(rounded, what, kind or _forward_kind(what), block=block)
         self._live[storage.kind] += rounded
         self._live_bytes += rounded
         return storage
@@ -325,8 +376,12 @@ class Tape:
     def _free(self, storage: Storage) -> None:
         self._live[storage.kind] -= storage.size_bytes
         self._live_bytes -= storage.size_bytes
+        if self._allocator is not None:
+            self._allocator.free(storage.block)
 
     def _look(self, when: str, workspace_bytes: int = 0) -> None:
+        if self._allocator is not None and workspace_bytes:
+            self._allocator.free(self._allocator.allocate(workspace_bytes))
         now = self._live_bytes + workspace_bytes
         self.working_peak_bytes = max(self.working_peak_bytes, now - self._live["parameter_gradients"])
         if now > self.peak.size_bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from vbench.kernels.virtual.errors import TrainingError
 from vbench.kernels.virtual.estimate import advise, estimate, estimator
 from vbench.kernels.virtual.folder import DATA_FILE, SETTINGS_FILE, TrainingFolder
 from vbench.kernels.virtual.hardware import Card, find_card
+from vbench.kernels.virtual.placement import least_bytes, place
 from vbench.kernels.virtual.program import Workload
 from vbench.kernels.virtual.settings import Settings, make_settings, stored_settings
 from vbench.kernels.virtual.shapes import PRESETS
@@ -51,10 +52,10 @@ def train(arguments: argparse.Namespace) -> int:
     folder = TrainingFolder(arguments.out)
     try:
         if arguments.resume:
-            settings, source, tiering = _resumed(folder, arguments, device)
+            settings, source, room = _resumed(folder, arguments, device)
         else:
-            settings, source, tiering = _begun(folder, arguments, device)
-        return _run(folder, settings, source, tiering, arguments.resume, scalars)
+            settings, source, room = _begun(folder, arguments, device)
+        return _run(folder, settings, source, room, arguments.resume, scalars)
     except BrokenPipeError:
         raise  # the reader of our output, not the folder
     except OSError as error:
@@ -68,11 +69,24 @@ def train(arguments: argparse.Namespace) -> int:
             close_scalars()
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a training may use.
+
+    Args:
+        tiering: what tiers may use, ``None`` where nothing streams.
+        gives_back: see ``placement.Placement``.
+    """
+
+    tiering: Budget | None = None
+    gives_back: bool = False
+
+
 def _run(
     folder: TrainingFolder,
     settings: Settings,
     source: Source,
-    tiering: Budget | None,
+    room: Room,
     resume: bool,
     scalars: Callable[[str, float, int], None],
 ) -> int:
@@ -86,7 +100,16 @@ def _run(
         + (f", {source.skipped} binary ones left out" if source.skipped else "")
     )
     try:
-        trainer = Trainer(folder, settings, source, resume=resume, tiering=tiering, say=_say, scalars=scalars)
+        trainer = Trainer(
+            folder,
+            settings,
+            source,
+            resume=resume,
+            tiering=room.tiering,
+            gives_back=room.gives_back,
+            say=_say,
+            scalars=scalars,
+        )
         outcome = trainer.run()
     except BudgetError as error:
         if not resume:
@@ -110,9 +133,7 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _begun(
-    folder: TrainingFolder, arguments: argparse.Namespace, device: str
-) -> tuple[Settings, Source, Budget | None]:
+def _begun(folder: TrainingFolder, arguments: argparse.Namespace, device: str) -> tuple[Settings, Source, Room]:
     from vbench.kernels.virtual.training import attention_kernel
 
     if folder.holds_training:
@@ -122,7 +143,7 @@ def _begun(
     settings = make_settings(arguments.preset, device, {n: getattr(arguments, n) for n in SETTING_OPTIONS})
     if settings.seq > PRESETS[settings.model].context:
         raise UsageError(f"--seq {settings.seq}: {settings.model} has positions for {PRESETS[settings.model].context}")
-    tiering = _within_budget(settings, arguments)
+    room = _within_budget(settings, arguments)
     attention_kernel(settings)  # refused before anything is written
     data = folder.path / DATA_FILE
     source = join(arguments.data or [], data)
@@ -132,12 +153,10 @@ def _begun(
         data.unlink()
         raise
     folder.write_settings({"settings": asdict(settings), "data": asdict(source)})
-    return settings, source, tiering
+    return settings, source, room
 
 
-def _resumed(
-    folder: TrainingFolder, arguments: argparse.Namespace, device: str
-) -> tuple[Settings, Source, Budget | None]:
+def _resumed(folder: TrainingFolder, arguments: argparse.Namespace, device: str) -> tuple[Settings, Source, Room]:
     where = str(folder.path / SETTINGS_FILE)
     if not folder.holds_training:
         raise UsageError(f"--resume: {folder.path} holds no training; leave --resume out to begin one")
@@ -182,23 +201,24 @@ def _device(asked: str) -> str:
     return asked
 
 
-def _within_budget(settings: Settings, arguments: argparse.Namespace) -> Budget | None:
-    """Hold the estimate against ``--budget`` (or, with ``--vgpu-auto``, the card), and limit the allocator to it.
-
-    Returns:
-        what tiers may use, where the training does not fit without them and ``--vgpu-auto`` allows them; else ``None``.
+def _within_budget(settings: Settings, arguments: argparse.Namespace) -> Room:
+    """Hold the training against ``--budget`` (or, with ``--vgpu-auto``, the card), and limit the allocator to it.
 
     Raises:
         UsageError: it does not fit; by how much, and what would make it fit.
     """
     if arguments.budget is None and not arguments.vgpu_auto:
-        return None
+        return Room()
     if arguments.budget is None and settings.device != "cuda":
         raise UsageError("--vgpu-auto: there is no GPU here to plan for; say how much memory it may use with --budget")
     card = find_card(arguments.budget, "--budget") if arguments.budget is not None else find_card("auto")
     if arguments.budget is not None and settings.device == "cuda":  # as large as asked, otherwise the card at hand
         here = find_card("auto")
         card = replace(card, context_bytes=here.context_bytes, matrix_workspace_bytes=here.matrix_workspace_bytes)
+    if card.memory_bytes <= card.context_bytes:
+        raise UsageError(
+            f"--budget {arguments.budget}: the CUDA context alone takes {show_bytes(card.context_bytes)}; raise it"
+        )
     shape = PRESETS[settings.model]
     work = Workload(
         settings.batch, settings.seq, "amp" if settings.mixed_precision else "fp32", "sdpa",
@@ -208,27 +228,22 @@ def _within_budget(settings: Settings, arguments: argparse.Namespace) -> Budget 
     _say(f"estimate: {show_bytes(needed.total)} of {show_bytes(card.memory_bytes)}, context included")
     if settings.device == "cuda":
         _limit_allocator(card)
-    if needed.total <= card.memory_bytes:
-        _say("it fits: nothing is tiered")
-        return None
-    if not arguments.vgpu_auto:
+    placed = place(shape, work, card, tiers=arguments.vgpu_auto, accumulation=settings.accumulation)
+    if placed is None:
+        least = least_bytes(shape, work, card, accumulation=settings.accumulation)
         helps = [a for a in advise(estimator(shape, card), work, "adamw", card) if a.fits and a.change in _KNOBS]
         hint = "".join(f"{_KNOBS[a.change]} takes {show_bytes(a.total_bytes)}; " for a in helps)
         raise UsageError(
-            f"--budget {arguments.budget}: the training takes an estimated {show_bytes(needed.total)}, "
-            f"{show_bytes(needed.total - card.memory_bytes)} more; {hint}--vgpu-auto streams weights from the host"
+            f"--budget {arguments.budget}: the training takes an estimated {show_bytes(least)} with the allocator's "
+            f"holes, {show_bytes(least - card.memory_bytes)} more; {hint}--vgpu-auto streams weights from the host"
         )
-    room = card.memory_bytes - needed.context
-    activations = needed.working - needed.context
-    if room < activations:
-        raise UsageError(
-            f"--vgpu-auto: activations alone take an estimated {show_bytes(activations)}, "
-            f"{show_bytes(activations - room)} more than the budget leaves; lower --batch or --seq, or add "
-            "--gradient-checkpointing"
-        )
+    if placed.residency is None:
+        _say("it fits: nothing is tiered")
+        return Room(gives_back=placed.gives_back)
     # Weights and their gradients lie on the host, each storage and unit on a boundary of its own.
     host = 2 * shape.parameters * work.parameter_bytes + 2 * ALIGN_BYTES * 32 * (shape.layers + 2)
-    return Budget(gpu=room, pinned=host, activations=activations)
+    budget = Budget(gpu=card.memory_bytes - card.context_bytes, pinned=host, activations=placed.activation_bytes)
+    return Room(budget, placed.gives_back)
 
 
 #: Advice of the estimator -> the option of ``train`` that does it.

@@ -60,6 +60,7 @@ class Trainer:
         resume: go on from the newest checkpoint, or from the start where there is none.
         tiering: stream weights within this, or ``None`` to keep everything on the device. Losses are the same bits
             either way on a CPU; on a GPU the optimizer of streamed weights runs on the host.
+        gives_back: return the allocator's free segments after each step and evaluation (``placement.py``).
         say: takes lines of progress.
         scalars: takes (name, value, step); for TensorBoard.
 
@@ -77,12 +78,14 @@ class Trainer:
         *,
         resume: bool,
         tiering: Budget | None,
+        gives_back: bool = False,
         say: Callable[[str], None],
         scalars: Callable[[str, float, int], None] = lambda name, value, step: None,
     ) -> None:
         self._folder, self._settings, self._source, self._say = folder, settings, source, say
         self._scalars = scalars
         self._device = torch.device(settings.device)
+        self._gives_back = gives_back and self._device.type == "cuda"
         self._kernel = attention_kernel(settings)
         self._corpus = Corpus(folder.path / DATA_FILE, settings.seq, settings.seed)
         torch.manual_seed(settings.seed)
@@ -93,6 +96,7 @@ class Trainer:
         if self._tiered is not None:
             say(tier_line(self._tiered))
         self._optimizer = _optimizer(self._model, settings)
+        self._allocate_what_stays()
         self.total_steps = settings.total_steps(self._corpus.windows)
         self.step = 0
         files.clean(folder.path)
@@ -149,10 +153,24 @@ class Trainer:
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
+    def _allocate_what_stays(self) -> None:
+        """Optimizer states and cuBLAS's workspaces, which would otherwise come to lie among the first step's tensors
+        and break up the room that the next step's largest ones need (``placement.py``)."""
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                self._optimizer.state[parameter] = {
+                    # What AdamW makes at its first step; where a fused one looks for the count.
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                }
+        if self._device.type == "cuda":
+            a = torch.zeros(16, 16, device=self._device, requires_grad=True)
+            torch.autograd.backward((a @ a).sum())  # one workspace for this thread, one for autograd's
+
     def _one_step(self) -> tuple[float, float]:
-        """Loss before the update, and the gradient's norm before clipping."""
+        """Loss before the update, and the gradient's norm before clipping. No gradient is left."""
         settings = self._settings
-        self._optimizer.zero_grad(set_to_none=True)
         total = 0.0
         first = self.step * settings.batch * settings.accumulation
         for part in range(settings.accumulation):
@@ -171,7 +189,13 @@ class Trainer:
                 f"({len(bad)} parameters). {_NAN_ADVICE}"
             )
         self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._give_back()
         return total, norm
+
+    def _give_back(self) -> None:
+        if self._gives_back:
+            torch.cuda.empty_cache()
 
     def _batch(self, position: int) -> tuple[Tensor, Tensor]:
         ids, targets = self._corpus.batch(position, self._settings.batch)
@@ -183,10 +207,17 @@ class Trainer:
         return torch.autocast(self._device.type, dtype=torch.bfloat16)
 
     def _loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        with self._kernel(), self._context():
+        with self._kernel(), self._context(), self._saving():
             loss = self._model(ids, targets)
         assert isinstance(loss, Tensor)
         return loss
+
+    def _saving(self) -> AbstractContextManager[Any]:
+        """A tiered module's hooks hand most saved tensors on as they are, and an operation's own output among them
+        would keep its graph alive for ever, should the backward not run to its end; a detached one does not."""
+        if self._tiered is None:
+            return nullcontext()
+        return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
 
     def _blame(self, value: float, ids: Tensor, targets: Tensor) -> str:
         """Which layer is the first whose parameters or output are not finite: the same batch again, with hooks."""
@@ -202,6 +233,7 @@ class Trainer:
             losses.append(self._loss(ids.to(self._device), targets.to(self._device)).item())
             weights.append(len(ids))
         self._model.train()
+        self._give_back()
         return sum(x * w for x, w in zip(losses, weights, strict=True)) / sum(weights)
 
     @torch.no_grad()
@@ -258,10 +290,8 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in _named(self._model):
                 parameter.copy_(held.tensors[f"model.{name}"])
-                self._optimizer.state[parameter] = {
-                    key: held.tensors[f"optimizer.{key}.{name}"].to(parameter.device)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
+                for key, kept in self._optimizer.state[parameter].items():
+                    kept.copy_(held.tensors[f"optimizer.{key}.{name}"])
         torch.set_rng_state(held.tensors["rng.cpu"])
         if self._device.type == "cuda":
             torch.cuda.set_rng_state(held.tensors["rng.cuda"])

@@ -381,6 +381,7 @@ def exits(s: Setting) -> Mapping[str, Any]:
     family="death",
     oracle="isolation",
     fault="a bug whose message says 'unsupported', to be skipped by whoever reads messages",
+    raises=("RuntimeError",),
 )
 def eloquent_bug(s: Setting) -> Mapping[str, Any]:
     if s.wrong:

@@ -14,6 +14,11 @@ from vbench.reference.ops.fp4 import FP4_LINEAR
 
 control = Register()
 
+#: What torch raises where a launch, or a capture, has failed: the second since 2.9, a kind of the first.
+DEVICE_ERRORS = ("RuntimeError", "AcceleratorError")
+#: A race may win the launches that a check compares first.
+LATER = ("rerun", "rerun_bitwise", "rebind", "laws")
+
 LINEAR: dict[str, int | str] = {"fmt": "nvfp4", "x": "bf16", "m": 16, "n": 256, "k": 1024}
 FP32 = LINEAR | {"x": "fp32"}
 
@@ -40,6 +45,8 @@ def multiply_into(s: Setting, y: Tensor) -> None:
     needs="cuda",
     kind="time",
     deadline_s=180.0,
+    or_by=("value", "nonfinite", *LATER, "after_timing"),
+    raises=DEVICE_ERRORS,
 )
 def side_stream(s: Setting) -> None:
     if "weight" not in s.memory or not s.wrong:
@@ -145,6 +152,7 @@ def device_write_past_end(s: Setting) -> None:
     oracle="isolation",
     fault="an index out of bounds at one shape of many kills the context",
     needs="cuda",
+    raises=DEVICE_ERRORS,
 )
 def device_assert(s: Setting) -> Mapping[str, Any]:
     y = linear(s)
@@ -176,6 +184,7 @@ def _launched(s: Setting, kernel: str, honest: bool) -> Mapping[str, Any]:
     oracle="value",
     fault="no barrier between filling a buffer in shared memory and reading it",
     needs="cuda",
+    or_by=LATER,
 )
 def missing_barrier(s: Setting) -> Mapping[str, Any]:
     return _launched(s, "staged", not s.wrong)
@@ -188,6 +197,7 @@ def missing_barrier(s: Setting) -> Mapping[str, Any]:
     oracle="value",
     fault="split K is added up without atomics: blocks lose each other's additions",
     needs="cuda",
+    or_by=LATER,
     declares={"deterministic": False},
 )
 def lost_updates(s: Setting) -> Mapping[str, Any]:

@@ -11,7 +11,9 @@ import sys
 from typing import Any
 
 import numpy as np
-from numba import cuda, float32
+from numba import float32
+
+from vbench.kernels.numba_cuda.dialect import cuda
 
 #: Threads of a block, and elements of x in shared memory at a time.
 TILE = 128

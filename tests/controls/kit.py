@@ -101,6 +101,8 @@ class Register:
         needs: Literal["cpu", "cuda"] = "cpu",
         kind: Literal["check", "time"] = "check",
         deadline_s: float = 60.0,
+        or_by: tuple[str, ...] = (),
+        raises: tuple[str, ...] = (),
         returns: bool = False,
         declares: Mapping[str, Any] | None = None,
         declares_wrongly: Mapping[str, Any] | None = None,
@@ -113,7 +115,9 @@ class Register:
             key = name or body.__name__
             if key in self.built:
                 raise ValueError(f"two controls are called {key}")
-            control = Control(key, family, op.name, made, for_twin, oracle, fault, imitates, needs, kind, deadline_s)
+            control = Control(
+                key, family, op.name, made, for_twin, oracle, fault, imitates, needs, kind, deadline_s, or_by, raises
+            )
             self.built[key] = Built(control, body, returns, declares or {}, declares_wrongly or {})
             return body
 
