@@ -225,7 +225,8 @@ def _refuse_strangers(kept: Sequence[Record], jobs: Sequence[Job], summary: dict
 def _plan(recipe: dict[str, Any], infos: dict[str, BackendInfo]) -> tuple[Limited, Pins]:
     """The jobs that a recipe means with what is installed now, and what they rest on."""
     known_suites, known_ops = registry.suites(), registry.ops()
-    stated = _stated(ledgers())
+    books = ledgers()
+    stated = _stated(books)
     gone = [claim for claim in recipe["claims"] if claim not in stated]
     if gone:
         raise DataError(f"cannot be resumed, start a new run (claim {gone[0]} is in no ledger)")
@@ -234,7 +235,6 @@ def _plan(recipe: dict[str, Any], infos: dict[str, BackendInfo]) -> tuple[Limite
     if any(suite.compiles for suite in chosen):
         with_code = (infos[n] for n in recipe["backends"] if infos[n].configurations)
         compiled = {i.name: listed(i.name, i.distribution, i.environment.get("compile", {})) for i in with_code}
-    books = ledgers()
     everything = plan(
         chosen,
         [infos[n] for n in recipe["backends"]],
