@@ -2,8 +2,8 @@
 
 Parts, each a process of its own with its time limit; what a part wrote before it was cut off stays in DIR.
 
-    tests      the tests that are skipped without a GPU: streams, slots, decoding into slots      40 s
-    codec      offload_pass of raw against nvfp4 weights, 6.44 GB, 16 to 8192 tokens              60 s
+    tests      the tests that are skipped without a GPU: streams, slots, decoding into slots      20 s
+    codec      offload_pass of raw against nvfp4 weights, 6.44 GB, 16 to 8192 tokens              25 s
     estimator  the table of estimated and measured peaks, at least 40 points                      70 s
     scenarios  the document's three scenarios under 8 and 24 GB, and with less                   120 s
     overhead   a fully resident tiered stack against the plain one, in pairs of processes        100 s
@@ -51,8 +51,8 @@ def commands(out: Path, rehearse: bool = False) -> dict[str, tuple[list[str], fl
     small = ["--rehearse"] if rehearse else []
     tests = [f"tests/{name}.py" for name in TESTS]
     return {
-        "tests": (["-m", "pytest", "-q", "-rs", *tests, "-k", "on_a_gpu or on_a_device"], 60),
-        "codec": ([str(here / "tier_codec.py"), "--out", str(out), "--device", device, *codec.split()], 75),
+        "tests": (["-m", "pytest", "-q", "-rs", *tests, "-k", "on_a_gpu or on_a_device"], 45),
+        "codec": ([str(here / "tier_codec.py"), "--out", str(out), "--device", device, *codec.split()], 45),
         "estimator": ([str(here / "estimator.py"), "--out", str(out), "--device", device, "--limit-s", "60"], 85),
         "scenarios": ([str(here / "scenarios.py"), "--out", str(out), "--limit-s", "130", *small], 150),
         "overhead": (

@@ -28,6 +28,7 @@ from vbench.kernels.virtual.errors import CheckpointError, TrainingError
 from vbench.kernels.virtual.folder import DATA_FILE, LOG_FILE, Log, TrainingFolder
 from vbench.kernels.virtual.fp4_training import TrainedFP4Linear, install, masters_aside
 from vbench.kernels.virtual.modules import LanguageModel
+from vbench.kernels.virtual.saved import detached_saves
 from vbench.kernels.virtual.settings import Settings
 from vbench.kernels.virtual.shapes import PRESETS
 from vbench.kernels.virtual.units import show_bytes
@@ -223,17 +224,10 @@ class Trainer:
         return torch.autocast(self._device.type, dtype=torch.bfloat16)
 
     def _loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        with self._kernel(), self._context(), self._saving():
+        with self._kernel(), self._context(), detached_saves(self._tiered is not None):
             loss = self._model(ids, targets)
         assert isinstance(loss, Tensor)
         return loss
-
-    def _saving(self) -> AbstractContextManager[Any]:
-        """A tiered module's hooks hand most saved tensors on as they are, and an operation's own output among them
-        would keep its graph alive for ever, should the backward not run to its end; a detached one does not."""
-        if self._tiered is None:
-            return nullcontext()
-        return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
 
     def _blame(self, value: float, ids: Tensor, targets: Tensor) -> str:
         """Which layer is the first whose parameters or output are not finite: the same batch again, with hooks."""
