@@ -1,7 +1,8 @@
 """Laws: what must hold between two runs of any kernel, whatever the right answer is. No oracle and no budget is needed.
 
 A law applies where it is bitwise true of every honest kernel: scaling by a power of two commutes with every rounding
-but at the ends of the exponent's range, and what is masked or belongs to another head is never multiplied in.
+but at the ends of the exponent's range, and what is masked or belongs to another head is never multiplied in. Where
+that depends on how a kernel rounds, what it declares decides (``Law.numerics``), and its budget holds instead.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from vbench.reference.attention import ScoreRule, lay_out
 from vbench.reference.fp4 import dequantize
-from vbench.spec import Case, Law
+from vbench.spec import Case, Law, Numerics
 
 Outputs = Mapping[str, Any]
 
@@ -57,6 +58,12 @@ def _unchanged(kept: Callable[[Tensor], Tensor]) -> Callable[[Outputs, Outputs],
     return broken
 
 
+def _decodes(numerics: Numerics) -> bool:
+    """Whether a kernel multiplies the decoded weight itself: of its operands it rounds none but to float32, which
+    decoding does too. With nf4's table rounded to 16 bits before its scale, say, it multiplies another."""
+    return numerics.accumulate != "tf32" and set(numerics.operand_roundings) <= {"fp32"}
+
+
 def _other_tokens(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:
     """other_tokens: another last token, of the same magnitudes, changes no bit of the other tokens' results."""
     x = inputs["x"]
@@ -79,14 +86,15 @@ def linear_laws(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:
     """Of ``fp4_linear``.
 
     doubled_x: y(2 x) = 2 y(x), without bias, gelu and silu. one_hot: x that picks one column a row gives decoded
-    columns (without bias and activation; not in fp32, for which a kernel may round weights as operands).
+    columns (without bias and activation, in 16 bits, of kernels that multiply these, see ``_decodes``); one_hot_budget:
+    of the others, and in float32, where the order of scales may show, those columns within the budget.
     other_tokens: see there. first_tokens: the first half of the tokens alone give the same bits, of kernels that
     declare ``batch_invariant``.
     """
     x, act, m, k = inputs["x"], case.text("act"), case.axis("m"), case.axis("k")
     if act in ("none", "relu") and not case.axis("bias"):
         yield Law("doubled_x", case, {**inputs, "x": 2 * x}, _doubled("y"))
-        if act == "none" and case.text("x") != "fp32":
+        if act == "none":
             columns = torch.arange(m, device=x.device) * 37 % k
             one_hot = torch.zeros_like(x)
             one_hot[torch.arange(m, device=x.device), columns] = 1.0
@@ -95,7 +103,11 @@ def linear_laws(case: Case, inputs: dict[str, Any]) -> Iterator[Law]:
             def broken(first: Outputs, second: Outputs) -> str:
                 return _differ(second["y"], want, "y is not the decoded column")
 
-            yield Law("one_hot", case, {**inputs, "x": one_hot}, broken)
+            narrow = case.text("x") != "fp32"
+            picking = {**inputs, "x": one_hot}
+            if narrow:
+                yield Law("one_hot", case, picking, broken, numerics=_decodes)
+            yield Law("one_hot_budget", case, picking, None, numerics=lambda n: not (narrow and _decodes(n)))
     yield from _other_tokens(case, inputs)
     half = m // 2
     if half:

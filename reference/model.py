@@ -3,7 +3,8 @@
 The module itself is an input: a kernel is handed what a user has, an ``nn.Module``, and runs it as its way of running
 models says. Kernels that change no arithmetic are held to the eager result bit for bit. One that orders sums otherwise
 (``Numerics.stores`` says which type it stores in) is held to float64, with a budget that eager's own rounding errors
-give (docs/adr/0023): LAMBDA times their root mean square over the tensor, and twice the element's own.
+give (docs/adr/0023): LAMBDA times their standard deviation, and twice the element's own. A gradient's is propagated
+from the errors of what its layer read and was handed back (``flow_variance``), since no two rows of it err alike.
 """
 
 from __future__ import annotations
@@ -233,24 +234,85 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
-def _expected(eager: Mapping[str, Tensor], exact: Mapping[str, Tensor] | None) -> dict[str, Expected]:
+#: What a layer read and the gradient it was handed, float64 [tokens, in] and [tokens, out]; of a norm, [tokens, width]
+#: both, what its gain multiplied in the place of what it read.
+Flow = tuple[Tensor, Tensor]
+
+
+def watched_step(
+    model: nn.Module, recipe: Recipe, inputs: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Flow]]:
+    """``train_step``, and what flowed through the layer of each gradient that is an output."""
+    read: dict[str, Tensor] = {}
+    handed: dict[str, Tensor] = {}
+    hooks = []
+    for name in SAMPLED:
+        layer = model.get_submodule(recipe.sampled(name).removesuffix(".weight"))
+
+        def reads(layer: nn.Module, given: tuple[Tensor, ...], name: str = name) -> None:
+            x = given[0].detach().flatten(0, -2).double()
+            if isinstance(layer, nn.LayerNorm):
+                x = F.layer_norm(x, layer.normalized_shape, eps=layer.eps)
+            elif isinstance(layer, nn.RMSNorm):
+                x = F.rms_norm(x, layer.normalized_shape, eps=layer.eps)
+            read[name] = x
+
+        def is_handed(_: nn.Module, __: Any, given: Any, name: str = name) -> None:
+            handed[name] = given[0].detach().flatten(0, -2).double()
+
+        hooks += [layer.register_forward_pre_hook(reads), layer.register_full_backward_hook(is_handed)]
+    outputs = train_step(model, recipe, inputs)
+    for hook in hooks:
+        hook.remove()
+    return outputs, {name: (read[name], handed[name]) for name in SAMPLED}
+
+
+def flow_variance(eager: Flow, exact: Flow, shape: torch.Size) -> Tensor:
+    """Variance of the rounding error of the gradient of a weight [out, in], or of a gain [width].
+
+    The gradient sums y_to x_ti over tokens t. To first order its error is the sum of dy_to x_ti + y_to dx_ti, so that,
+    where errors of different tokens are independent, the variance is that of dy times x squared and the other way
+    round, summed. The variances of dy and dx are taken from one sample of them, the difference of eager and exact,
+    pooled over tokens and over features: mean square of the row times that of the column over that of all.
+    """
+    (x, y), (dx, dy) = exact, (eager[0] - exact[0], eager[1] - exact[1])
+    if len(shape) == 1:
+        return (_pooled(dy) * x.square() + y.square() * _pooled(dx)).sum(0)
+    return _pooled(dy).T @ x.square() + y.square().T @ _pooled(dx)
+
+
+def _pooled(error: Tensor) -> Tensor:
+    """See ``flow_variance``; zero where there is no error at all."""
+    square = error.square()
+    mean = square.mean()
+    return square.mean(1, keepdim=True) * square.mean(0, keepdim=True) / mean if mean > 0 else square
+
+
+def _expected(
+    eager: Mapping[str, Tensor], exact: Mapping[str, Tensor] | None, variance: Mapping[str, Tensor] | None = None
+) -> dict[str, Expected]:
+    """``variance``: of errors, by element, where it is known; it counts where it exceeds the tensor's mean square."""
     if exact is None:
         return {name: Expected(t, None, t.dtype, tuple(t.shape)) for name, t in eager.items()}
     out = {}
     for name, t in eager.items():
         error = (t.double() - exact[name]).abs()
-        budget = LAMBDA * error.square().mean().sqrt() + 2 * error
-        out[name] = Expected(exact[name], budget, t.dtype, tuple(t.shape))
+        square = error.square().mean()
+        if variance is not None and name in variance:
+            square = square.maximum(variance[name])
+        out[name] = Expected(exact[name], LAMBDA * square.sqrt() + 2 * error, t.dtype, tuple(t.shape))
     return out
 
 
 def train_oracle(case: Case, inputs: dict[str, Any], numerics: Numerics, max_rows: int | None) -> dict[str, Expected]:
     """Bitwise for kernels that store in no type of their own, all elements."""
     recipe: Recipe = inputs["model"]
-    eager = train_step(recipe.make(recipe.device), recipe, inputs)
     if not numerics.stores:
-        return _expected(eager, None)
-    return _expected(eager, train_step(recipe.make(recipe.device).double(), recipe, inputs))
+        return _expected(train_step(recipe.make(recipe.device), recipe, inputs), None)
+    eager, flows = watched_step(recipe.make(recipe.device), recipe, inputs)
+    exact, exact_flows = watched_step(recipe.make(recipe.device).double(), recipe, inputs)
+    variance = {name: flow_variance(flows[name], exact_flows[name], exact[name].shape) for name in SAMPLED}
+    return _expected(eager, exact, variance)
 
 
 def generate_oracle(

@@ -10,6 +10,9 @@ from multiprocessing import get_context
 # Triton and numba decide at their first import, whichever test file brings it: before any of them.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
+# Test files run side by side, and threads of OpenMP that wait for each other on a busy core burn it meanwhile: the
+# tests of whole models took nine times the CPU's time with two threads a process.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # the switches come first
 from hypothesis import HealthCheck, settings

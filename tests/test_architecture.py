@@ -125,3 +125,31 @@ def test_siblings_are_links_so_that_they_import_as_subpackages() -> None:
     for name, target in (targets | {"controls": Path("..") / "tests" / "controls"}).items():
         link = ROOT / "vbench" / name
         assert link.is_symlink() and link.readlink() == target
+
+
+OWN = ("triton", "numba_cuda", "tiers", "fp4_linear", "virtual")
+
+
+def tuners(text: str) -> list[str]:
+    """Names of what chooses by timing at run time, Triton's autotuner under any name."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Attribute):
+            names.append(node.attr)
+        elif isinstance(node, ast.Name):
+            names.append(node.id)
+        elif isinstance(node, ast.ImportFrom):
+            names += [alias.name for alias in node.names]
+    return [name for name in names if name.lower() in ("autotune", "autotuner")]
+
+
+@pytest.mark.parametrize("folder", OWN)
+def test_nothing_of_ours_is_chosen_by_timing_at_run_time(folder: str) -> None:
+    """A choice is a table's row or an option: frozen by the sources' digest, and the same in every process."""
+    files = sorted((ROOT / "kernels" / folder).glob("*.py"))
+    assert files and {path.name: found for path in files if (found := tuners(path.read_text(encoding="utf-8")))} == {}
+
+
+@pytest.mark.parametrize("text", ["@triton.autotune(configs, key)\ndef f(): ...", "from triton import autotune as a"])
+def test_control_an_autotuner_is_seen(text: str) -> None:
+    assert tuners(text) == ["autotune"]

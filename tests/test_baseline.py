@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_roofline import MEASURED
 from vbench import baseline
 from vbench.cli import main
 from vbench.record import Measurement, Outcome, Record
@@ -111,6 +112,13 @@ def test_processes_of_what_documents_rest_on_are_kept(run: Path, tmp_path: Path)
     assert len(kept) == 6 * len({r.case for r in kept})
     others = [r for r in read_records(tmp_path / "to") if r.kind != "pair"]
     assert others == read_records(evidence)
+    # Later, and without the run that the numbers are of: what is there stays, and says whose processes are kept.
+    ceilings = [dataclasses.replace(MEASURED[0], run=r, environment={"hardware": "sm_90"}) for r in ("old", "new")]
+    write_records(path, [*pairs, *ceilings])
+    assert update(evidence, [path], [document], "--write") == 0
+    assert read_records(evidence / "pairs.jsonl") == kept
+    assert [r for r in read_records(evidence) if r.kind == "time"] == others
+    assert [r.run for r in read_records(evidence / "roofline.jsonl")] == ["new"], "the machine's ceilings, once each"
 
 
 def test_old_and_new_stand_side_by_side(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,3 +180,11 @@ def test_readings_are_over_processes() -> None:
     (reading,) = baseline.readings(records).values()
     assert reading.median_s == pytest.approx(1e-6) and reading.processes == 5
     assert reading.low_s < 0.99e-6 and reading.high_s > 1.01e-6
+
+
+def test_a_cell_costs_what_its_longest_job_took() -> None:
+    one, two = (
+        dataclasses.replace(timed("triton", "", 1), run=run, elapsed_s=s) for run, s in (("a", 2.0), ("b", 3.0))
+    )
+    injected = dataclasses.replace(one, tuning={"injected": "0.01"}, elapsed_s=9.0)
+    assert baseline.costs_s([one, two, injected]) == {(one.case, one.who): 3.0}

@@ -16,13 +16,13 @@ from vbench.controls import softmax
 from vbench.errors import UsageError
 from vbench.plan import CONFORMANCE
 from vbench.record import Outcome, Record
-from vbench.reference import laws
+from vbench.reference import fp4, laws
 from vbench.reference.ops.attention import ATTENTION, ATTENTION_BACKWARD
 from vbench.reference.ops.attention_extended import ATTENTION_EXTENDED, ATTENTION_EXTENDED_BACKWARD
 from vbench.reference.ops.fp4 import FP4_LINEAR, FP4_QUANTIZE
 from vbench.reference.ops.int8 import INT8_LINEAR
 from vbench.registry import BackendInfo
-from vbench.spec import Case, Op, resolve
+from vbench.spec import Case, Law, Numerics, Op, resolve
 from vbench.worker import Worker
 
 CASE = FP4_LINEAR.case(fmt="nvfp4", m=1, n=2, k=16)
@@ -114,6 +114,7 @@ LAWS = {
 LAWFUL: tuple[tuple[Op, Case], ...] = (
     (FP4_LINEAR, FP4_LINEAR.case(fmt="mxfp4", x="fp16", m=4, n=8, k=64)),
     (FP4_LINEAR, FP4_LINEAR.case(fmt="nf4", x="bf16", act="relu", m=3, n=8, k=64)),
+    (FP4_LINEAR, FP4_LINEAR.case(fmt="nf4", x="fp32", m=3, n=8, k=64)),
     (FP4_QUANTIZE, FP4_QUANTIZE.case(fmt="absmax7_g128", w="fp32", dist="grid", n=4, k=256)),
     (FP4_QUANTIZE, FP4_QUANTIZE.case(fmt="nvfp4", w="bf16", n=4, k=64)),
     (ATTENTION, ATTENTION.case(b=2, hq=4, hk=2, sq=8, sk=12, d=16, causal="bottom_right", layout="padded")),
@@ -125,11 +126,22 @@ LAWFUL: tuple[tuple[Op, Case], ...] = (
 )
 
 
+def spoil(outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {n: t ^ 1 if t.dtype == torch.uint8 else (t.float() * 1.5).to(t.dtype) for n, t in outputs.items()}
+
+
+def judged(op: Op, law: Law, numerics: Numerics, outputs: dict[str, torch.Tensor]) -> Outcome:
+    expected = resolve(op.oracle)(law.case, law.inputs, numerics, None)
+    return check.judge_outputs(outputs, expected, tuple(expected)).outcome
+
+
 @pytest.mark.parametrize(("op", "case"), LAWFUL, ids=lambda v: v.id if isinstance(v, Case) else "")
 def test_the_oracle_keeps_every_law_and_breaks_it_when_spoiled(op: Op, case: Case) -> None:
     """Spoiled: the second run's outputs in the middle of their range, where no law looks away."""
     inputs = resolve(op.inputs)(case, "cpu")
     backend = resolve("vbench.reference.backend:BACKEND")
+
+    numerics = resolve(backend.ops[op.name])(case, "", "cpu").numerics
 
     def outputs(of: Case, given: dict[str, object]) -> dict[str, torch.Tensor]:
         kernel = resolve(backend.ops[op.name])(of, "", "cpu")
@@ -141,12 +153,51 @@ def test_the_oracle_keeps_every_law_and_breaks_it_when_spoiled(op: Op, case: Cas
     found = list(LAWS[op.name](case, inputs))
     assert found
     for law in found:
-        if law.declared == "batch_invariant":
-            continue  # the oracle does not declare it
+        if law.declared == "batch_invariant" or (law.numerics is not None and not law.numerics(numerics)):
+            continue  # the oracle does not declare it, or rounds nothing that would excuse it
         second = outputs(law.case, law.inputs)
+        if law.broken is None:
+            within, wide = (judged(op, law, numerics, given) for given in (second, spoil(second)))
+            assert within is Outcome.PASSED and wide is not Outcome.PASSED, law.name
+            continue
         assert law.broken(first, second) == "", law.name
-        spoiled = {n: t ^ 1 if t.dtype == torch.uint8 else (t.float() * 1.5).to(t.dtype) for n, t in second.items()}
-        assert law.broken(first, spoiled) != "", law.name
+        assert law.broken(first, spoil(second)) != "", law.name
+
+
+@pytest.mark.parametrize("x", ["fp16", "bf16"])
+def test_what_a_kernel_declares_to_round_decides_which_law_of_one_column_holds(x: str) -> None:
+    """nf4's table rounded to x's dtype before its scale, as tensor cores want it: no decoded column bit for bit, and
+    within the budget of a kernel that says so; beyond that of one that does not."""
+    case = FP4_LINEAR.case(fmt="nf4", x=x, m=8, n=59, k=64, dist="student5")
+    inputs = resolve(FP4_LINEAR.inputs)(case, "cpu")
+    bitwise, budgeted = (law for law in laws.linear_laws(case, inputs) if law.name.startswith("one_hot"))
+    assert (bitwise.name, budgeted.name) == ("one_hot", "one_hot_budget") and bitwise.broken is not None
+
+    @dataclasses.dataclass
+    class Kernel:
+        numerics: Numerics
+
+    # As triton multiplies nf4; as a library that decodes first; as most; and operands in TF32.
+    for numerics, exact in (
+        (Numerics("tensor_core", (x,)), False),
+        (Numerics("fp32", ("fp32", x)), False),
+        (Numerics("tensor_core"), True),
+        (Numerics("fp32", ("fp32",)), True),
+        (Numerics("tf32"), False),
+    ):
+        assert (bitwise.binds(Kernel(numerics)), budgeted.binds(Kernel(numerics))) == (exact, not exact)
+
+    dtype = inputs["x"].dtype
+    table = torch.tensor(fp4.NF4_TABLE).to(dtype).float()
+    w = table[fp4.unpack(inputs["codes"]).long()] * inputs["scale"].repeat_interleave(64, dim=1)
+    rounded = {"y": (budgeted.inputs["x"].float() @ w.T).to(dtype)}
+    assert "not the decoded column" in bitwise.broken(rounded, rounded)
+    assert judged(FP4_LINEAR, budgeted, Numerics("tensor_core", (x,)), rounded) is Outcome.PASSED
+    assert judged(FP4_LINEAR, budgeted, Numerics("tensor_core"), rounded) is Outcome.WRONG_VALUE
+    # In float32 the order of scales may show, so only the budget holds.
+    wide = FP4_LINEAR.case(fmt="nf4", x="fp32", m=8, n=59, k=64)
+    names = [law.name for law in laws.linear_laws(wide, resolve(FP4_LINEAR.inputs)(wide, "cpu"))]
+    assert "one_hot_budget" in names and "one_hot" not in names
 
 
 def test_laws_of_an_operation_without_any() -> None:

@@ -20,12 +20,14 @@ from vbench.record import Outcome
 from vbench.reference.backend import BACKEND as REFERENCE
 from vbench.reference.model import (
     SAMPLED,
+    flow_variance,
     generate,
     generate_inputs,
     generate_oracle,
     train_inputs,
     train_oracle,
     train_step,
+    watched_step,
 )
 from vbench.reference.ops.model import GENERATE, TRAIN_STEP, parameters
 from vbench.spec import Case, Numerics, Op, resolve
@@ -142,6 +144,57 @@ def test_a_kernel_that_orders_sums_otherwise_is_held_to_what_eager_errs_by() -> 
     assert set(expected) == {"losses", *SAMPLED}
     given = GENERATE.case(family="gpt", dtype="bf16", **SMALL, new=2)
     assert generate_oracle(given, generate_inputs(given, "cpu"), Numerics(), None)["logits"].budget is None
+
+
+def autocast_step(case: Case, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Weights and products in bf16, everything between in float32: the fewer roundings of a compiler that fuses."""
+    recipe = inputs["model"]
+    model = recipe.make("cpu").float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = train_step(model, recipe, inputs)
+    return {name: t if name == "losses" else t.bfloat16() for name, t in found.items()}
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"family": "gpt", "layers": 2, "width": 112, "heads": 7, "inner": 448, "vocab": 256, "batch": 1, "seq": 128},
+        {"family": "llama", "layers": 2, "width": 128, "heads": 4, "inner": 384, "vocab": 256, "batch": 1, "seq": 64},
+        {"family": "llama", "layers": 3, "width": 32, "heads": 2, "inner": 64, "vocab": 40, "batch": 2, "seq": 5},
+    ],
+    ids=lambda sizes: f"{sizes['family']}-{sizes['width']}",
+)
+def test_a_gradients_errors_spread_as_the_propagated_variance_says(sizes: dict[str, Any]) -> None:
+    """Of eager's and of a fused step's errors, over it, the mean square is 1 and few are beyond 4.
+
+    The control is one variance for the whole tensor: rows then err by several times as much as others.
+    """
+    case = TRAIN_STEP.case(**sizes, dtype="bf16")
+    inputs = train_inputs(case, "cpu")
+    recipe = inputs["model"]
+    eager, flows = watched_step(recipe.make("cpu"), recipe, inputs)
+    assert all(torch.equal(t, eager[name]) for name, t in train_step(recipe.make("cpu"), recipe, inputs).items())
+    exact, exact_flows = watched_step(recipe.make("cpu").double(), recipe, inputs)
+    fused = autocast_step(case, inputs)
+    spread = 0.0
+    for name in ("grad_first", "grad_last"):
+        variance = flow_variance(flows[name], exact_flows[name], exact[name].shape)
+        for found in (eager, fused):
+            over = (found[name].double() - exact[name]).square() / variance
+            assert 0.5 < float(over.mean()) < 1.5
+            assert float((over > 16).double().mean()) < (1e-3 if variance.numel() > 10_000 else 2e-2)
+        square = (eager[name].double() - exact[name]).square()
+        spread = max(spread, float(square.mean(1).max() / square.mean()), float(square.mean(0).max() / square.mean()))
+    assert spread > 2
+    expected = train_oracle(case, inputs, Numerics("tensor_core", stores=("bf16",)), None)
+    for name, want in expected.items():
+        assert want.budget is not None
+        assert bool(((fused[name].double() - want.value).abs() <= want.budget).all()), name
+    # An error that no rounding makes is still one: half as much again of the largest row.
+    bent = fused["grad_first"].double()
+    bent[bent.square().mean(1).argmax()] *= 1.5
+    budget = expected["grad_first"].budget
+    assert budget is not None and bool(((bent - exact["grad_first"]).abs() > budget).any())
 
 
 def test_refusals_by_name() -> None:

@@ -46,6 +46,7 @@ class Machine:
         self.opened: list[str] = []
         self.wrong: Mapping[tuple[str, str], Mapping[str, Any] | Failure] = {}
         self.clock_hz = {"A": 1.98e9, "B": 1.98e9}
+        self.sample_s = 1e-3
 
     def start(self, side: str, backend: str) -> Process:
         self.alive += 1
@@ -76,7 +77,10 @@ class Process:
             machine.opened.append(self.case.partition(",seed=")[0])
             body |= {"sources": "sha256:s", "prepare_s": 0.1, "numerics": {}, "elapsed_s": 0.2}
         elif kind == "arm":
-            body["metrics"] = {"launches": request["launches"] or 3.0 * request["multiple"]}
+            body["metrics"] = {
+                "launches": request["launches"] or 3.0 * request["multiple"],
+                "sample_s": machine.sample_s,
+            }
             assert body["metrics"]["launches"] % request["multiple"] == 0
         elif kind == "block":
             machine.clock += 1
@@ -514,6 +518,15 @@ def test_cheapest() -> None:
     assert [c.case for c in found] == ["c", "a"]
     found = selftest.cheapest(cases, {"a": 3.0, "b": 0.0, "d": 4.0}, 4, 0)
     assert [c.case for c in found] == ["a", "d", "b", "c"], "of b and c nothing is known"
+
+
+@pytest.mark.parametrize(("sample_s", "samples"), [(1e-3, 10), (0.04, 10), (0.1, 4), (0.3, 3), (9.0, 3), (0.0, 10)])
+def test_long_samples_are_fewer(sample_s: float, samples: int) -> None:
+    machine = Machine(steady)
+    machine.sample_s = sample_s
+    made, records = runner(machine, cell())
+    made.measure(1, [cell().name])
+    assert [r.measurements[0].blocks for r in records] == [(samples, samples)] * 2
 
 
 def test_what_is_unfinished_is_counted_cell_by_cell() -> None:

@@ -269,3 +269,20 @@ def test_free_host_memory_counts_what_the_group_can_give_up(tmp_path: Path) -> N
     (tmp_path / "memory.max").write_text("max\n", encoding="ascii")
     assert large.host_free_bytes(meminfo, tmp_path) == 150 * 1024
     assert large.host_free_bytes(tmp_path / "none", tmp_path / "none") == sys.maxsize
+
+
+def test_the_rates_commands_parse_and_fit_a_call(tmp_path: Path) -> None:
+    rates = script("rates")
+    for rehearse in (False, True):
+        made = rates.commands(tmp_path, tmp_path, rehearse)
+        assert list(made) == ["roofline", "rates", "baseline"]
+        for argv, _ in made.values():
+            assert argv[:2] == ["-m", "vbench"]
+            given = parser().parse_args(argv[2:])
+            assert given.out == tmp_path / "runs" and given.device == ("cpu" if rehearse else "cuda")
+    assert sum(limit_s for _, limit_s in rates.commands(tmp_path, tmp_path).values()) <= 560.0
+    given = parser().parse_args(rates.commands(tmp_path, tmp_path)["rates"][0][2:])
+    assert 2 * given.cases >= 200 and given.pairs == 10 and given.resume == [str(tmp_path / "runs")]
+    with pytest.raises(SystemExit) as ended:
+        rates.main(["--out", str(tmp_path), "nothing"])
+    assert ended.value.code == 2

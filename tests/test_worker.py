@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.test_monitor import FakeNvml, monitor
-from vbench import timing
+from vbench import registry, timing
+from vbench.backend import Availability
 from vbench.monitor import NoMonitor
 from vbench.plan import BATTERY
 from vbench.record import Outcome
+from vbench.reference.ops.attention import ATTENTION
 from vbench.reference.ops.fp4 import FP4_DEQUANTIZE
 from vbench.spec import Numerics, resolve
-from vbench.worker import Result, Worker
+from vbench.worker import Result, Worker, choice_of
 
 CASE = FP4_DEQUANTIZE.case(fmt="absmax7_row", n=4, k=16, y="fp32")
 SLEEP_S = 0.3
@@ -133,3 +137,79 @@ def test_nvml_peak_or_its_reason(
     # A launch that returns new tensors has them in the allocator's count already.
     worker._peaks(lambda: out, out, watch, result)
     assert result.peak_bytes == 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A kernel's choice."""
+
+    tile: int = 64
+    path: str = "fused"
+
+
+class Planned(Kernel):
+    """Makes up its mind when it is bound."""
+
+    plan = Plan()
+
+    def bind(self, inputs: Mapping[str, Any], out: Mapping[str, Any]) -> Callable[[], None]:
+        self.plan = replace(self.plan, tile=128)
+        return super().bind(inputs, out)
+
+
+def planned(case: Any, variant: str, device: str) -> Kernel:
+    return Planned("nothing") if variant else Kernel("nothing")
+
+
+def test_what_a_kernel_chose_is_recorded_with_its_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Worker(BATTERY, "vbench-kernels", "cpu")
+    monkeypatch.setattr(one, "backend", SimpleNamespace(ops={"fp4_dequantize": "tests.test_worker:planned"}))
+    monkeypatch.setattr(one, "_available", Availability(True))
+
+    def choice(variant: str, kind: str = "check") -> Any:
+        request = {
+            "kind": kind,
+            "op": "fp4_dequantize",
+            "case": CASE.id,
+            "variant": variant,
+            "role": "own",
+            "rows": None,
+        }
+        result = one.run(request)
+        assert result.outcome is Outcome.PASSED, result.detail
+        return result.choice
+
+    found = choice("tiled")
+    assert found == {"digest": found["digest"], "tile": 128, "path": "fused"}, "as it was bound, not as it began"
+    assert found["digest"].startswith("sha256:") and choice("tiled", "open") == found
+    assert choice("") == {}, "a kernel that does not say"
+    other = Planned("nothing")
+    other.plan = Plan(tile=64)
+    assert choice_of(other)["digest"] != found["digest"], "control: another choice has another digest"
+
+
+def test_our_fp4_linear_says_what_it_chose() -> None:
+    case = registry.ops()["fp4_linear"].parse(
+        "fp4_linear[fmt=nvfp4,x=bf16,act=none,bias=0,dist=normal,m=16,n=64,k=256]"
+    )
+    kernel = resolve(registry.backends()["triton"].ops["fp4_linear"])(case, "", "cpu")
+    assert {"digest", "path", "warps", "stages", "bm", "bn"} <= set(choice_of(kernel))
+
+
+def test_small_oracles_of_a_gpus_checks_run_on_the_host() -> None:
+    """The same answer from copies; large cases, and inputs that are no tensors, stay where they are."""
+    worker = Worker(BATTERY, "vbench-kernels", "cpu")
+    small, large = (ATTENTION.case(b=1, hq=2, hk=2, sq=n, sk=n, d=64) for n in (16, 600))
+    inputs = resolve(ATTENTION.inputs)(small, "cpu")
+    assert worker._for_oracle(ATTENTION, small, inputs) is inputs
+    worker.device = "cuda"
+    copied = worker._for_oracle(ATTENTION, small, inputs)
+    assert copied is not inputs and all(torch.equal(copied[n], t) for n, t in inputs.items())
+    assert worker._for_oracle(ATTENTION, large, inputs) is inputs
+    traced = {"trace": [1]}
+    assert worker._for_oracle(ATTENTION, small, traced) is traced
+    # An op that counts no operations is judged by its elements.
+    for n, there in ((4, False), (1 << 12, True)):
+        case = FP4_DEQUANTIZE.case(fmt="absmax7_row", n=n, k=1 << 10, y="fp32")
+        weight = resolve(FP4_DEQUANTIZE.inputs)(case, "cpu")
+        assert (worker._for_oracle(FP4_DEQUANTIZE, case, weight) is weight) == there

@@ -52,6 +52,9 @@ class Kernel(Protocol):
         produces: outputs it gives. Own kernels give all of the op's; a peer may give fewer.
         deterministic: two runs on the same inputs agree bitwise.
         graph_safe: optional, default True; False where a CUDA graph cannot capture the launch (timed by wall clock).
+        plan: optional; what it chose for this case among ways to compute it (path, tile, warps), a dataclass of plain
+            values, frozen once ``bind`` returned. Records keep it with its digest, so that two times can be told to be
+            of one choice. Nothing may be chosen later, by timing least of all.
     """
 
     @property

@@ -55,30 +55,38 @@ class Change:
 
 
 def select(
-    records: Sequence[Record], texts: Mapping[Path, str], ledger: Ledger, current_sources: CurrentSources
+    records: Sequence[Record],
+    texts: Mapping[Path, str],
+    ledger: Ledger,
+    current_sources: CurrentSources,
+    beside: Sequence[Record] = (),
 ) -> list[Record]:
     """The records to keep.
 
     Args:
         texts: documents by path; none: every timed cell is kept.
+        beside: records that stay in the baseline: further processes of their cells are kept too.
 
     Arithmetic needs no machine: its records are kept where the run was on a CPU, and left out elsewhere.
 
     Raises:
         DataError: a span of a document that means nothing, or more than LIMIT cells.
     """
+    every = [*records, *beside]
     on_gpu = any(r.hardware.startswith("sm_") for r in records)
     if texts:
         ids = {
             r.id
             for path, text in texts.items()
-            for r in documents.evidence(text, ledger, records, current_sources=current_sources, where=str(path))
+            for r in documents.evidence(text, ledger, every, current_sources=current_sources, where=str(path))
         }
         # A gate needs several processes of what is gated: sides of pairs, which no document's number rests on.
-        held = {(r.case, r.who) for r in records if r.id in ids and r.kind == "time"}
+        held = {(r.case, r.who) for r in every if r.id in ids and r.kind == "time"}
         ids |= _times([r for r in records if r.kind == "pair" and (r.case, r.who) in held])
     else:
         ids = _times(records)
+    # The machine's ceilings, whatever the documents say: reports draw rooflines from them. The last of each.
+    ids |= set({r.case: r.id for r in records if r.kind == "roofline"}.values())
     kept = [r for r in records if r.id in ids and not (on_gpu and r.kind == "arithmetic")]
     cells = {(r.case, r.who, *sorted(r.tuning.items())) for r in kept}
     if len(cells) > LIMIT:
@@ -105,6 +113,15 @@ def readings(records: Sequence[Record]) -> dict[regression.Cell, Reading]:
         for m in r.measurements if not r.tuning and not r.tree else ():
             values.setdefault((r.case, r.who, m.quantity), []).append(m.median_s)
     return {cell: _reading(v) for cell, v in values.items()}
+
+
+def costs_s(records: Sequence[Record]) -> dict[tuple[str, str], float]:
+    """Each timed cell's (case, who) and how long a job of it took in all, seconds: the longest of its records."""
+    found: dict[tuple[str, str], float] = {}
+    for r in records:
+        if r.measurements and not r.tuning and not r.tree:
+            found[r.case, r.who] = max(r.elapsed_s, found.get((r.case, r.who), 0.0))
+    return found
 
 
 def _reading(values_s: Sequence[float]) -> Reading:
@@ -134,6 +151,13 @@ def files(kept: Sequence[Record], records: Sequence[Record]) -> dict[str, list[R
 
 def _file_of(record: Record) -> str:
     return "pairs" if record.kind == "pair" else record.suite
+
+
+def staying(destination: Path, records: Sequence[Record]) -> list[Record]:
+    """The records of the baseline's files that runs with these records would not replace."""
+    names = {_file_of(r) or r.kind for r in records}
+    paths = sorted(destination.glob("*.jsonl"))
+    return [record for path in paths if path.stem not in names for record in read_records(path)]
 
 
 def replaced(destination: Path, by_suite: dict[str, list[Record]]) -> list[Record]:

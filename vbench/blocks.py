@@ -120,14 +120,19 @@ class OpenCell:
         """See ``Rotated.verify``: by what was sampled, if anything was."""
         return self._bound.verify(self._synchronize, next(iter(self._samplers.values()), None))
 
-    def launches(self, multiple: int) -> int:
-        """How many launches one sample should average over on this side, a multiple of ``multiple``."""
+    def launches(self, multiple: int) -> tuple[int, float]:
+        """How many launches one sample should average over on this side, a multiple of ``multiple``.
+
+        Returns:
+            that number, and about how many seconds such a sample takes.
+        """
         run = self._bound.launches
         if self._graph:
             estimate_s = timing.graph_estimate_s(run)
             least = timing.launches_of(estimate_s, timing.MIN_REPLAY_S, multiple, MAX_GRAPH_LAUNCHES)
             # Every copy is launched, or what is reached might fit L2.
-            return max(least, -(-len(run) // multiple) * multiple)
+            count = max(least, -(-len(run) // multiple) * multiple)
+            return count, count * estimate_s
         for _ in range(2):
             run[0]()
         self._synchronize()
@@ -136,7 +141,8 @@ class OpenCell:
             run[0]()
         self._synchronize()
         estimate_s = (time.perf_counter() - before) / 3
-        return timing.launches_of(estimate_s, MIN_WALL_S, multiple, MAX_WALL_LAUNCHES)
+        count = timing.launches_of(estimate_s, MIN_WALL_S, multiple, MAX_WALL_LAUNCHES)
+        return count, count * estimate_s
 
     def arm(self, launches: int, slowdown: float) -> None:
         """Make ready to sample ``launches`` a sample, slowed by a known part."""
@@ -179,10 +185,10 @@ def answer(cell: OpenCell | None, request: Mapping[str, Any]) -> dict[str, Any]:
     if cell is None:
         raise OutOfTurn(f"{request['kind']}: no cell is open")
     if request["kind"] == "arm":
-        launches = request["launches"] or cell.launches(request["multiple"])
+        launches, sample_s = (request["launches"], 0.0) if request["launches"] else cell.launches(request["multiple"])
         for slowdown in request["slowdowns"]:
             cell.arm(launches, slowdown)
-        return {"outcome": Outcome.PASSED, "metrics": {"launches": float(launches)}}
+        return {"outcome": Outcome.PASSED, "metrics": {"launches": float(launches), "sample_s": sample_s}}
     if request["kind"] == "block":
         return {
             "outcome": Outcome.PASSED,

@@ -22,14 +22,18 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="plan, check, time, judge, report")
-    run.add_argument("--suite", action="append", default=[], metavar="NAME", help="suite to run; repeatable; all")
-    run.add_argument("--backend", action="append", default=[], metavar="NAME", help="backend to run; repeatable; all")
-    run.add_argument("--op", action="append", default=[], metavar="NAME", help="operation to run; repeatable; all")
+    run.add_argument("--suite", action="append", default=[], metavar="NAME", help="suite to run; repeatable (all)")
+    run.add_argument("--backend", action="append", default=[], metavar="NAME", help="backend to run; repeatable (all)")
+    run.add_argument("--op", action="append", default=[], metavar="NAME", help="operation to run; repeatable (all)")
     # No defaults here: --resume must be able to tell a given option from an omitted one.
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where (default: auto)")
-    run.add_argument("--effort", choices=("quick", "standard", "full"), help="how much (default: quick)")
+    run.add_argument(
+        "--effort",
+        choices=("quick", "standard", "full"),
+        help="how much: quick, a taste; standard, at most 300 timed rows; full, everything (quick)",
+    )
     run.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results folder ({DEFAULT_OUT})")
-    run.add_argument("--seed", type=int, metavar="N", help="seed of the generated cases (default: 0)")
+    run.add_argument("--seed", type=int, metavar="N", help="seed of the generated cases (0)")
     run.add_argument("--resume", metavar="RUN", help="finish an unfinished run (run id, folder or latest)")
     run.add_argument("--no-time", action="store_true", help="checks and compilations only")
     run.add_argument("--dry-run", action="store_true", help="print how much there is to do and end")
@@ -58,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     repro.add_argument("hash", metavar="HASH", help="the case's short hash, as reports print it")
     repro.add_argument("--run", default="latest", metavar="RUN", help="run id, folder or JSONL file (latest)")
     repro.add_argument(
-        "--backend", action="append", default=[], metavar="NAME", help="backend or backend[variant]; repeatable; all"
+        "--backend", action="append", default=[], metavar="NAME", help="backend or backend[variant]; repeatable (all)"
     )
     repro.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results folder ({DEFAULT_OUT})")
     repro.add_argument("--json", action="store_true", help="print both records of each backend")
@@ -180,14 +184,15 @@ def _list(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(body, indent=1, ensure_ascii=False))
         return 0
+    width = {key: max((len(item["name"]) for item in body[key]), default=0) for key in ("ops", "suites", "backends")}
     for key in ("ops", "suites"):
         print(f"{key}:")
         for item in body[key]:
-            print(f"  {item['name']:<16} {item['summary']}")
+            print(f"  {item['name']:<{width[key]}} {item['summary']}")
     print("backends:")
     for item in body["backends"]:
         state = f"UNAVAILABLE({item['problem']}): {item['detail']}" if item["problem"] else item["summary"]
-        print(f"  {item['name']:<16} {item['role']:<8} {state}")
+        print(f"  {item['name']:<{width['backends']}} {item['role']:<8} {state}")
     print(f"claims: {len(body['claims'])} (vbench claims list)")
     for problem in problems:
         print(f"problem: {problem.group} {problem.name}: {problem.detail}")

@@ -62,7 +62,7 @@ def add_commands(commands: Any) -> None:
 
     measure = verbs.add_parser("measure", help="processes of our own cells, for update; what claims rest on first")
     measure.add_argument("--suite", action="append", default=[], metavar="NAME", help="suite's timed cases; repeatable")
-    measure.add_argument("--op", action="append", default=[], metavar="NAME", help="operation; repeatable; all")
+    measure.add_argument("--op", action="append", default=[], metavar="NAME", help="operation; repeatable (all)")
     measure.add_argument("--case", action="append", default=[], metavar="ID", help="this case; repeatable")
     measure.add_argument("--backend", action="append", default=[], metavar="NAME", help="repeatable (our own)")
     measure.add_argument("--effort", choices=("quick", "standard", "full"), default="quick", help="which cases (quick)")
@@ -79,7 +79,7 @@ def add_commands(commands: Any) -> None:
         "selftest", help="kernels wrong on purpose must be caught; --aa: our own false-alarm rate and power"
     )
     selftest.add_argument(
-        "--control", action="append", default=[], metavar="NAME", help="without --aa: this control; repeatable; all"
+        "--control", action="append", default=[], metavar="NAME", help="without --aa: this control; repeatable (all)"
     )
     selftest.add_argument(
         "--aa", action="store_true", help="identical code on both sides, and slowdowns, measured or simulated"
@@ -88,7 +88,7 @@ def add_commands(commands: Any) -> None:
     selftest.add_argument(
         "--suite", action="append", default=[], metavar="NAME", help="suite's timed cases; repeatable"
     )
-    selftest.add_argument("--op", action="append", default=[], metavar="NAME", help="operation; repeatable; all")
+    selftest.add_argument("--op", action="append", default=[], metavar="NAME", help="operation; repeatable (all)")
     selftest.add_argument("--case", action="append", default=[], metavar="ID", help="this case; repeatable")
     selftest.add_argument("--backend", action="append", default=[], metavar="NAME", help="repeatable (our own)")
     selftest.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where (auto)")
@@ -111,7 +111,7 @@ def add_commands(commands: Any) -> None:
     )
     check = checks.add_parser("check", help="thorough checks of a backend on every suite's cases; exit 1 if one fails")
     check.add_argument("name", metavar="NAME", help="backend")
-    check.add_argument("--op", action="append", default=[], metavar="NAME", help="operation; repeatable; all")
+    check.add_argument("--op", action="append", default=[], metavar="NAME", help="operation; repeatable (all)")
     check.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where (auto)")
     check.add_argument("--effort", choices=("quick", "standard", "full"), default="quick", help="how much (quick)")
     check.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generated cases (0)")
@@ -127,8 +127,8 @@ def add_commands(commands: Any) -> None:
         metavar="ID",
         help="shrink this case (id, or hash in the newest run)",
     )
-    fuzz.add_argument("--suite", action="append", default=[], metavar="NAME", help="whose cases; repeatable; all")
-    fuzz.add_argument("--op", action="append", default=[], metavar="NAME", help="operation; repeatable; all")
+    fuzz.add_argument("--suite", action="append", default=[], metavar="NAME", help="whose cases; repeatable (all)")
+    fuzz.add_argument("--op", action="append", default=[], metavar="NAME", help="operation; repeatable (all)")
     fuzz.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where (auto)")
     fuzz.add_argument("--cases", type=int, default=1000, metavar="N", help="end after so many judged cases (1000)")
     fuzz.add_argument("--limit-s", type=_seconds, metavar="S", help="stop then, compiling or not; what is done counts")
@@ -169,7 +169,7 @@ def add_commands(commands: Any) -> None:
 def _add_pair_options(parser: argparse.ArgumentParser, pairs: int) -> None:
     """What is measured in pairs, and how much. ``pairs``: the default of --pairs."""
     parser.add_argument("--suite", action="append", default=[], metavar="NAME", help="suite's timed cases; repeatable")
-    parser.add_argument("--op", action="append", default=[], metavar="NAME", help="operation; repeatable; all")
+    parser.add_argument("--op", action="append", default=[], metavar="NAME", help="operation; repeatable (all)")
     parser.add_argument("--case", action="append", default=[], metavar="ID", help="this case; repeatable")
     parser.add_argument("--backend", action="append", default=[], metavar="NAME", help="of two trees (our own)")
     parser.add_argument("--effort", choices=("quick", "standard", "full"), default="quick", help="which cases (quick)")

@@ -115,7 +115,8 @@ def baseline_update(
         print(f"nothing judged: {', '.join(runs)} has no record")
         return 3
     read = {path: commands.read_text(path) for path in texts}
-    kept = baseline.select(records, read, books[ledger], commands.current_sources())
+    beside = baseline.staying(destination, records)
+    kept = baseline.select(records, read, books[ledger], commands.current_sources(), beside)
     if not kept:
         raise DataError("nothing to keep: no record of these runs is behind a number of the documents")
     by_suite = baseline.files(kept, records)
@@ -248,8 +249,10 @@ def baseline_measure(arguments: argparse.Namespace) -> int:
     if arguments.claims:
         cells = [c for c in cells if not idle(c)]
     if arguments.baseline is not None:
-        held = {(case, who) for case, who, _ in baseline.readings(read_records(arguments.baseline))}
-        cells = [c for c in cells if (c.case, c.who) in held]
+        cost_s = baseline.costs_s(read_records(arguments.baseline))
+        cells = [c for c in cells if (c.case, c.who) in cost_s]
+        # The cheapest first: a limit then buys the most cells that can be gated.
+        cells.sort(key=lambda c: (idle(c), cost_s[c.case, c.who]))
     if not every:
         raise UsageError("baseline measure: no timed case of these backends here; name one with --case")
     if not cells:

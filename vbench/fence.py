@@ -38,9 +38,14 @@ class Fence:
     end: int
     fill: int
 
+    @property
+    def zones_u8(self) -> tuple[Any, Any]:
+        """The bytes before and after the tensor."""
+        return self.storage_u8[: self.first], self.storage_u8[self.end :]
+
     def breach(self) -> str:
         """Where bytes outside the tensor were written to, or ``""``."""
-        for side, zone in (("before", self.storage_u8[: self.first]), ("after", self.storage_u8[self.end :])):
+        for side, zone in zip(("before", "after"), self.zones_u8, strict=True):
             changed = int((zone != self.fill).sum())
             if changed:
                 return f"{changed} bytes {side} a tensor of shape {tuple(self.tensor.shape)} were written to"
@@ -92,7 +97,18 @@ def fenced(value: Any, fill: int, fences: list[Fence]) -> Any:
 
 
 def first_breach(fences: Mapping[str, list[Fence]]) -> str:
-    """The first breach among named groups of fences (``input``, ``output``), or ``""``."""
+    """The first breach among named groups of fences (``input``, ``output``), or ``""``.
+
+    All zones of a device are looked at before it is waited for, once.
+    """
+    import torch
+
+    changed: dict[Any, list[Any]] = {}
+    for one in (f for made in fences.values() for f in made):
+        for zone in one.zones_u8:
+            changed.setdefault(zone.device, []).append((zone != one.fill).any())
+    if not any(bool(torch.stack(found).any()) for found in changed.values()):
+        return ""
     for group, made in fences.items():
         for one in made:
             breach = one.breach()

@@ -25,6 +25,9 @@ from vbench.sides import Side
 #: Blocks of one cell in a pair, and samples in each.
 ORDER = ("A", "B", "B", "A")
 BLOCK_SAMPLES = 10
+#: A block of long samples has fewer: as many as take this long, but at least so many. A process knows its own median
+#: far better than two processes agree.
+BLOCK_S, LEAST_BLOCK_SAMPLES = 0.4, 3
 #: Rows of each output that are compared with the oracle before and after the blocks.
 ROWS = 64
 #: Slowdowns must be whole launches: with samples of a multiple of this many they are, down to 1 %.
@@ -265,6 +268,7 @@ class PairRunner:
             return []
         assert not isinstance(counted, Failure)
         arm["launches"] = round(counted["metrics"]["launches"])
+        samples = block_samples(counted["metrics"]["sample_s"])
         slowdowns = {"A": [0.0], "B": sorted({c.slowdown for c in cells})}
         if self._fails(cells, both({s: {**arm, "slowdowns": slowdowns[s]} for s in "AB"}), "arm"):
             return []
@@ -275,7 +279,7 @@ class PairRunner:
             for letter in ORDER:
                 side = letter if leads else "B" if letter == "A" else "A"
                 slowdown = cell.slowdown if side == "B" else 0.0
-                request = {"kind": "block", "slowdown": slowdown, "samples": BLOCK_SAMPLES}
+                request = {"kind": "block", "slowdown": slowdown, "samples": samples}
                 answer = workers[side].ask(request, DEADLINE_S)
                 if self._fails([cell], {side: answer}, "block"):
                     return []
@@ -335,6 +339,7 @@ class PairRunner:
                 "error": ErrorStats(**{**error, "at": tuple(error["at"])}) if error else None,
                 "prepare_s": answer.get("prepare_s"),
                 "numerics": answer.get("numerics") or {},
+                "choice": answer.get("choice") or {},
                 "sources": answer.get("sources") or "",
                 "elapsed_s": answer.get("elapsed_s") or 0.0,
             }
@@ -360,6 +365,11 @@ class PairRunner:
         )
         self.keep(record)
         return record
+
+
+def block_samples(sample_s: float) -> int:
+    """How many samples of about ``sample_s`` seconds a block has."""
+    return max(LEAST_BLOCK_SAMPLES, min(BLOCK_SAMPLES, int(BLOCK_S / sample_s))) if sample_s > 0 else BLOCK_SAMPLES
 
 
 def joined(blocks: Sequence[Measurement]) -> Measurement:

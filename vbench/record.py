@@ -196,6 +196,8 @@ class Record:
             the allocator does not see, and whatever other processes took meanwhile.
         absent: name of a figure that was asked for and could not be had -> reason code.
         numerics: the kernel's declared numerics.
+        choice: what the kernel chose for the case (path, tile, warps), by name, and ``digest`` over it; empty where it
+            does not say.
         environment: machine and versions; key ``hardware`` is the class claims name (``cpu``, ``sm_90``).
         sources: digest of kernel, oracle and op sources.
         pair, side: for kind ``pair``: number of the process pair in its run, and ``A`` or ``B``.
@@ -226,6 +228,7 @@ class Record:
     peak_device_bytes: int | None = None
     absent: Mapping[str, str] = field(default_factory=dict)
     numerics: Mapping[str, Any] = field(default_factory=dict)
+    choice: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     sources: str = ""
     elapsed_s: float = 0.0

@@ -209,7 +209,7 @@ def _slowest_against_peer(records: Sequence[Record]) -> str:
     if not pairs:
         return "no timed cell has both one of ours and a peer"
     ratio, case, who, peer_who = min(pairs)
-    return f"{ratio:.2f}x of {peer_who} by {who} on {case_hash(case)} ({case})"
+    return f"{ratio:.2g}x of {peer_who} by {who} on {case_hash(case)} ({case})"
 
 
 def last_screen(

@@ -124,6 +124,7 @@ def rows(record: Record) -> dict[str, Any]:
             "wrong elements": f"{e.wrong} of {e.elements}",
         }
     found |= dict(record.metrics)
+    found |= {f"choice {name}": value for name, value in record.choice.items()}
     found |= {"prepare s": record.prepare_s, "compile s": record.compile_s, "steady launch s": record.steady_launch_s}
     found |= {f"{m.quantity} median s": m.median_s for m in record.measurements}
     found |= {"sources": record.sources, "hardware": record.hardware}

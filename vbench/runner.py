@@ -460,6 +460,7 @@ def answered(answer: Mapping[str, Any]) -> dict[str, Any]:
         "peak_device_bytes": answer.get("peak_device_bytes"),
         "absent": answer.get("absent") or {},
         "numerics": answer["numerics"] or {},
+        "choice": answer.get("choice") or {},
         "sources": answer["sources"],
         "elapsed_s": answer["elapsed_s"],
         "environment": answer.get("environment") or None,

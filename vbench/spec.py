@@ -183,14 +183,23 @@ class Law:
         name: stable code, shown where it is broken.
         case, inputs: the second run's; the first is the case that was checked.
         broken: ``(outputs of the first, outputs of the second) -> str``: what does not hold, ``""`` if it does.
+            ``None``: the second run must keep to the oracle of its inputs, within the budget of the kernel's numerics.
         declared: holds only for kernels that declare this attribute true; ``""``: for every kernel.
+        numerics: holds only for kernels whose declared numerics it says yes to; ``None``: for every kernel.
     """
 
     name: str
     case: Case
     inputs: dict[str, Any]
-    broken: Callable[[Mapping[str, Any], Mapping[str, Any]], str]
+    broken: Callable[[Mapping[str, Any], Mapping[str, Any]], str] | None
     declared: str = ""
+    numerics: Callable[[Numerics], bool] | None = None
+
+    def binds(self, kernel: Any) -> bool:
+        """Whether a ``vbench.backend.Kernel`` is held to it, by what it declares."""
+        if self.declared and not getattr(kernel, self.declared, False):
+            return False
+        return self.numerics is None or self.numerics(kernel.numerics)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import hashlib
 import json
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any
 
 from vbench import blocks, check, environment, fence, gate, integrity, machine_code, registry, sources, timing
@@ -30,6 +32,10 @@ from vbench.spec import Case, Expected, Law, Numerics, Op, resolve
 
 #: Rows of a timed case compared with the oracle; check cases are compared whole.
 TIMED_ROWS = 256
+
+#: Up to so many operations, or elements where an op counts none, the oracle of a check runs on the host: there a few
+#: milliseconds, on a GPU that many workers share hundreds of launches, each of which waits for theirs.
+HOST_FLOPS, HOST_ELEMENTS = 3e7, 1e6
 
 #: Declared numerics an own kernel may have: nothing coarser than fp32 sums counts as correct.
 OWN_ACCUMULATE = ("fp32", "fp64", "tensor_core", "int32")
@@ -52,8 +58,19 @@ class Result:
     peak_device_bytes: int | None = None
     absent: dict[str, str] = field(default_factory=dict)
     numerics: Mapping[str, Any] | None = None
+    choice: Mapping[str, Any] | None = None
     sources: str = ""
     environment: Mapping[str, Any] | None = None
+
+
+def choice_of(kernel: Kernel) -> dict[str, Any]:
+    """A bound kernel's ``plan`` by name, and ``digest`` over it; empty where it has none."""
+    plan = getattr(kernel, "plan", None)
+    if not is_dataclass(plan) or isinstance(plan, type):
+        return {}
+    values = asdict(plan)
+    text = json.dumps(values, sort_keys=True)
+    return {"digest": "sha256:" + hashlib.sha256(text.encode()).hexdigest()[:16], **values}
 
 
 class Worker:
@@ -74,6 +91,7 @@ class Worker:
         self._available: Any = None
         self._monitor: Monitor | NoMonitor | None = None
         self._open: blocks.OpenCell | None = None
+        self._laws: dict[str, Callable[[Case, dict[str, Any]], Iterable[Law]]] = {}
         self._last = LastDraw(self.device)
         self._configurations: dict[str, Configuration] | None = None
 
@@ -138,6 +156,7 @@ class Worker:
                 make=lambda other: factory(other, request["variant"], self.device),
             )
         result.numerics = asdict(kernel.numerics)
+        result.choice = choice_of(kernel)
         result.sources = digest
         return result
 
@@ -205,7 +224,16 @@ class Worker:
         self, op: Op, case: Case, numerics: Numerics, max_rows: int | None
     ) -> tuple[dict[str, Any], dict[str, Expected]]:
         inputs = resolve(op.inputs)(case, self.device)
-        return inputs, resolve(op.oracle)(case, inputs, numerics, max_rows)
+        return inputs, resolve(op.oracle)(case, self._for_oracle(op, case, inputs), numerics, max_rows)
+
+    def _for_oracle(self, op: Op, case: Case, inputs: dict[str, Any]) -> dict[str, Any]:
+        """``inputs``, copied to the host where they are small tensors on a GPU; the answer is then there, too."""
+        if self.device == "cpu" or not all(hasattr(t, "data_ptr") for t in inputs.values()):
+            return inputs
+        elements = sum(t.numel() for t in inputs.values())
+        if elements > HOST_ELEMENTS if op.flops is None else op.flops(case) > HOST_FLOPS:
+            return inputs
+        return {name: t.cpu() for name, t in inputs.items()}
 
     def _measure(
         self,
@@ -258,7 +286,9 @@ class Worker:
         result.error = asdict(judged.error) if judged.error is not None else None
         shaped = judged.outcome not in (Outcome.WRONG_SHAPE, Outcome.WRONG_DTYPE)
         if op.metrics is not None and shaped and (op.metrics_when_timed or not timed):
-            result.metrics = resolve(op.metrics)(case, inputs, outputs, expected)
+            given = inputs if timed else self._for_oracle(op, case, inputs)
+            there = outputs if given is inputs else {name: t.cpu() for name, t in outputs.items()}
+            result.metrics = resolve(op.metrics)(case, given, there, expected)
         for old, new in zip(before, check.tensors_of(inputs), strict=True):
             if "inputs_unchanged" not in off and not check.same_bits(old, new):
                 result.outcome, result.reason = Outcome.MUTATED_INPUT, "input_changed"
@@ -374,8 +404,9 @@ class Worker:
         result: Result,
     ) -> None:
         """The checks of ``check.EXTRA``, each of which costs a draw or a launch; the first that fails ends them."""
+        other = functools.cache(lambda: self._expected(op, replace(case, seed=case.seed + 1), kernel.numerics, None))
         if "battery" not in off:
-            _, previous = self._expected(op, replace(case, seed=case.seed + 1), kernel.numerics, None)
+            _, previous = other()
             survivors, excused = check.trivial_survivors(inputs, expected, previous)
             if excused:
                 result.metrics = {**(result.metrics or {}), "degenerate": float(len(excused))}
@@ -384,13 +415,16 @@ class Worker:
                 result.detail = f"the comparison lets {', '.join(survivors)} pass too"
                 return
         if make is not None and not {"laws", "batch_invariance"} <= off:
-            for law in registry.laws_of(op.name)(case, inputs):
+            if op.name not in self._laws:
+                # Once: finding entry points reads the metadata of everything installed.
+                self._laws[op.name] = registry.laws_of(op.name)
+            for law in self._laws[op.name](case, inputs):
                 needed = "batch_invariance" if law.declared == "batch_invariant" else "laws"
-                if needed in off or (law.declared and not getattr(kernel, law.declared, False)):
+                if needed in off or not law.binds(kernel):
                     continue
                 # Of the same case only the shapes are needed, but where outputs are not poisoned.
-                shapes = expected if law.case == case and "poison" not in off else None
-                found = law.broken(first, self._law(op, make(law.case), law, off, shapes))
+                same = law.case == case and law.broken is not None and "poison" not in off
+                found = self._broken(op, make(law.case), law, first, off, expected if same else None)
                 if found:
                     # Batch invariance is promised of bits between runs, not of values.
                     invariant = needed == "batch_invariance"
@@ -398,34 +432,51 @@ class Worker:
                     result.reason, result.detail = needed, f"{law.name}: {found}"
                     return
         if "rebind" not in off:
-            self._rebind(op, case, kernel, inputs, out, off, result)
+            self._rebind(kernel, inputs, out, *other(), off, result)
 
-    def _law(
-        self, op: Op, kernel: Kernel, law: Law, off: frozenset[str], expected: Mapping[str, Expected] | None
-    ) -> dict[str, Any]:
-        """Outputs of a law's second run. ``expected``: what the oracle says of its case, where that is known."""
+    def _broken(
+        self,
+        op: Op,
+        kernel: Kernel,
+        law: Law,
+        first: dict[str, Any],
+        off: frozenset[str],
+        shapes: Mapping[str, Expected] | None,
+    ) -> str:
+        """What a law's second run shows not to hold, ``""`` if it holds.
+
+        Args:
+            first: outputs of the first run.
+            shapes: what the oracle says of another run of the same shapes, where the answer to this one is not needed.
+        """
+        expected = shapes
         if expected is None:
-            expected = resolve(op.oracle)(law.case, law.inputs, kernel.numerics, None)
+            given = self._for_oracle(op, law.case, law.inputs)
+            expected = resolve(op.oracle)(law.case, given, kernel.numerics, None)
         inputs, out, _ = _fenced(law.inputs, self._outputs(expected, off), off)
         outputs, _ = self._launched(kernel.bind(inputs, out), out)
-        return outputs
+        if law.broken is not None:
+            return law.broken(first, outputs)
+        judged = check.judge_outputs(outputs, expected, kernel.produces, off=off)
+        return "" if judged.outcome is Outcome.PASSED else judged.detail
 
     def _rebind(
         self,
-        op: Op,
-        case: Case,
         kernel: Kernel,
         inputs: dict[str, Any],
         out: dict[str, Any],
+        fresh: dict[str, Any],
+        expected: Mapping[str, Expected],
         off: frozenset[str],
         result: Result,
     ) -> None:
         """The same addresses with other values, bound anew: what a kernel remembers by address is stale.
 
         Cases whose next draw has other shapes or values that are no tensors are left out.
+
+        Args:
+            fresh, expected: another draw of the case, and its answer.
         """
-        other = replace(case, seed=case.seed + 1)
-        fresh, expected = self._expected(op, other, kernel.numerics, None)
         plain = all(hasattr(v, "shape") for v in inputs.values())
         if not plain or any(inputs[n].shape != fresh[n].shape for n in inputs):
             return

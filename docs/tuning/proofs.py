@@ -44,7 +44,7 @@ def commands(out: Path, *, seed: int = 0, rehearse: bool = False) -> dict[str, t
     selftest = ["-m", "vbench", "selftest", "--device", device, "--json", *runs]
 
     def fuzz(backend: str, limit_s: float, cases: int, *words: str) -> tuple[list[str], float]:
-        few = ["--cases", str(4 if rehearse else cases), "--workers", str(1 if rehearse else 12)]
+        few = ["--cases", str(4 if rehearse else cases), "--workers", str(1 if rehearse else 14)]
         limit = ["--limit-s", f"{limit_s - MARGIN_S:g}", "--shrink-s", "20", "--seed", str(seed)]
         return (
             ["-m", "vbench", "fuzz", "--backend", backend, "--device", device, *words, *few, *limit, *runs],
