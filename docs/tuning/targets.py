@@ -173,9 +173,12 @@ def peer_table(have: Evidence) -> list[str]:
         cells = [found.get(who, {}).get(t) for t in tokens]
         if any(cells):
             text = []
-            for t, r in zip(tokens, cells, strict=True):
-                stale = " STALE" if r is not None and r.id in have.stale else ""
-                text.append("-" if r is None else f"{1e3 * _wall(r):.1f} ms, {_wall(r) / bound_s[t]:.2f} x{stale}")
+            for t, cell in zip(tokens, cells, strict=True):
+                if cell is None:
+                    text.append("-")
+                    continue
+                stale = " STALE" if cell.id in have.stale else ""
+                text.append(f"{1e3 * _wall(cell):.1f} ms, {_wall(cell) / bound_s[t]:.2f} x{stale}")
             lines.append(f"| {who} | {' | '.join(text)} |")
     absent = [who for who in PEERS if who not in found]
     lines += ["", "Multiples of max(transfer, resident compute); all resident moves nothing."]
