@@ -13,7 +13,7 @@ TRANSFORMERS := build/transformers
 RUNS := results/runs
 # Chromium's engine, in a folder of its own: the report's tests in a browser.
 BROWSER := build/browser
-# Test files run side by side.
+# Test files run side by side, in the order of their names: by their number of tests, some of the longest came last.
 WORKERS := 2
 
 .PHONY: setup run test check gate wheel-test models-test browser-test format claims matrix features controls baseline clean
@@ -35,7 +35,7 @@ check: setup
 	$(BIN)/mypy
 
 test: check gate wheel-test models-test
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 	for doc in $(GENERATED); do $(BIN)/vbench claims check $$doc || exit 1; done
 	$(BIN)/python docs/tuning/targets.py --check
 

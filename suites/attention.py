@@ -189,9 +189,11 @@ LENGTHS = (*STANDARD_LENGTHS, 256, 128)
 BACKWARD_FROM = 512
 #: Ours, and the best there is elsewhere.
 CONTENDERS = ("triton", "torch_native[sdpa_cudnn]", "flash_attn_4")
-#: Timed at one length unless the effort is full: several times slower than the contenders at every length.
+#: Timed on one cell unless the effort is full: several times slower than the contenders on all of them.
 SLOW = ("as_written", "numba_cuda", "torch_native[sdpa_math]", "torch_native[sdpa_efficient]")
-SLOW_LENGTH = 4096
+#: Timed at one length unless the effort is full.
+BEHIND = ("torch_native[sdpa_flash]",)
+LENGTH_OF_ALL = 4096
 PAPERS = "FlashAttention-2 and -3 papers, section on speed: 16k tokens, hidden dimension 2048"
 LLAMA3 = (
     "Llama-3-8B (meta-llama/Meta-Llama-3-8B config.json: num_attention_heads=32, num_key_value_heads=8), 16k tokens"
@@ -201,19 +203,22 @@ LLAMA3 = (
 def _benches() -> tuple[BenchCase, ...]:
     out: list[BenchCase] = []
 
-    def add(case: Case, source: str, effort: Effort, s: int) -> None:
-        out.append(BenchCase(case, source, effort, first=CONTENDERS, later=() if s == SLOW_LENGTH else SLOW))
+    def add(case: Case, source: str, effort: Effort) -> None:
+        one = case.axis("sq") == LENGTH_OF_ALL
+        all_of_them = one and case.axis("d") == 128 and case.text("causal") == "none"
+        later = () if all_of_them else SLOW if one else (*SLOW, *BEHIND)
+        out.append(BenchCase(case, source, effort, first=CONTENDERS, later=later))
 
     for s, causal in product(LENGTHS, ("none", "bottom_right")):
         effort: Effort = "quick" if s == 4096 else "standard" if s in STANDARD_LENGTHS else "full"
         for d in (64, 128):
             heads = HIDDEN // d
             sizes: dict[str, int] = {"b": TOKENS // s, "hq": heads, "hk": heads, "sq": s, "sk": s, "d": d}
-            add(op.case(causal=causal, **sizes), PAPERS, effort, s)
+            add(op.case(causal=causal, **sizes), PAPERS, effort)
             if s >= BACKWARD_FROM:
                 # Of the backward, quick times the pair at head dim 128.
                 own: Effort = "standard" if effort == "quick" and d == 64 else effort
-                add(backward.case(causal=causal, **sizes), PAPERS, own, s)
+                add(backward.case(causal=causal, **sizes), PAPERS, own)
     for s, causal in product(LENGTHS, ("none", "bottom_right")):
         grouped: dict[str, int] = {"b": TOKENS // s, "hq": 32, "hk": 8, "sq": s, "sk": s, "d": 128}
         for kind in (op, backward):
@@ -255,6 +260,10 @@ SUITE = Suite(
         Generated("vbench.suites.strategies:large_attention_cases", (0, 0, 0), COMPILED_FOR, "cuda"),
         Generated(
             "vbench.suites.strategies:large_attention_backward_cases", (0, 0, 0), (*COMPILED_FOR, "dlse"), "cuda"
+        ),
+        Generated("vbench.suites.strategies:fused_attention_cases", (0, 0, 0), COMPILED_FOR, "cuda"),
+        Generated(
+            "vbench.suites.strategies:fused_attention_backward_cases", (0, 0, 0), (*COMPILED_FOR, "dlse"), "cuda"
         ),
         Generated("vbench.suites.strategies:large_attention_masked_backward_cases", (0, 0, 0), device="cuda"),
     ),

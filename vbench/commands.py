@@ -225,7 +225,8 @@ def _refuse_strangers(kept: Sequence[Record], jobs: Sequence[Job], summary: dict
 def _plan(recipe: dict[str, Any], infos: dict[str, BackendInfo]) -> tuple[Limited, Pins]:
     """The jobs that a recipe means with what is installed now, and what they rest on."""
     known_suites, known_ops = registry.suites(), registry.ops()
-    stated = _stated(ledgers())
+    books = ledgers()
+    stated = _stated(books)
     gone = [claim for claim in recipe["claims"] if claim not in stated]
     if gone:
         raise DataError(f"cannot be resumed, start a new run (claim {gone[0]} is in no ledger)")
@@ -234,7 +235,6 @@ def _plan(recipe: dict[str, Any], infos: dict[str, BackendInfo]) -> tuple[Limite
     if any(suite.compiles for suite in chosen):
         with_code = (infos[n] for n in recipe["backends"] if infos[n].configurations)
         compiled = {i.name: listed(i.name, i.distribution, i.environment.get("compile", {})) for i in with_code}
-    books = ledgers()
     everything = plan(
         chosen,
         [infos[n] for n in recipe["backends"]],
@@ -591,8 +591,7 @@ def claims_command(arguments: argparse.Namespace) -> int:
     records = read_records(arguments.records) if arguments.records is not None else baselines()
     if arguments.records is not None and not records:
         # Not even update: it would take every number out of the document.
-        print(f"nothing judged: {arguments.records} has no record")
-        return 3
+        return nothing_judged(str(arguments.records), as_json=arguments.json)
     if arguments.verb == "list":
         verdicts = judge(ledger, records, current_sources=current_sources())
         if arguments.json:
@@ -639,6 +638,13 @@ def claims_command(arguments: argparse.Namespace) -> int:
 
 def _file(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def nothing_judged(what: str, *, as_json: bool) -> int:
+    """Say that ``what`` holds no record. Returns the exit code."""
+    said = f"nothing judged: {what} has no record"
+    print(json.dumps({"exit": 3, "reasons": [said]}) if as_json else said)
+    return 3
 
 
 def read_text(path: Path) -> str:
