@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from vbench.errors import UsageError
 from vbench.kernels.tiers import tiered as tiers
-from vbench.kernels.tiers.budget import Budget
+from vbench.kernels.tiers.budget import Budget, BudgetError
+from vbench.kernels.tiers.residency import plan
 from vbench.kernels.tiers.units import deepest, discover
 from vbench.kernels.virtual import training
 from vbench.kernels.virtual.allocator import (
@@ -36,7 +37,7 @@ from vbench.kernels.virtual.corpus import join
 from vbench.kernels.virtual.folder import DATA_FILE, TrainingFolder
 from vbench.kernels.virtual.hardware import CARDS, Card
 from vbench.kernels.virtual.modules import LanguageModel
-from vbench.kernels.virtual.placement import Placement, least_bytes, place, simulate, unit_sizes
+from vbench.kernels.virtual.placement import Placement, least_bytes, least_for_weights, place, simulate, unit_sizes
 from vbench.kernels.virtual.program import Workload
 from vbench.kernels.virtual.settings import Settings, make_settings
 from vbench.kernels.virtual.shapes import PRESETS, ModelShape
@@ -129,6 +130,15 @@ def test_units_are_those_that_tiers_find(shape: ModelShape) -> None:
     units, depth = unit_sizes(shape, 4)
     assert [unit.size_bytes for unit in units] == [unit.size_bytes for unit in found]
     assert depth == deepest(model, needs)
+
+
+@settings(max_examples=100)
+@given(st.lists(st.integers(1, 10**6), min_size=1, max_size=12), st.integers(1, 4))
+def test_the_least_for_weights_is_what_residency_takes(sizes: list[int], slots: int) -> None:
+    least = least_for_weights(sizes, slots)
+    assert plan(sizes, least, slots, [4.0] * len(sizes)).device_bytes <= least
+    with pytest.raises(BudgetError):
+        plan(sizes, least - 1, slots, [4.0] * len(sizes))
 
 
 def test_the_documents_scenarios_are_placed_and_what_killed_one_is_known() -> None:

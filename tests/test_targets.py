@@ -149,6 +149,18 @@ def test_each_figure_counts(targets: ModuleType, path: str, value: Any, index: i
     assert states(targets, scripts, [])[index] == word
 
 
+def test_the_peers_stand_beside_us_with_what_is_not_on_record(targets: ModuleType) -> None:
+    have = targets.Evidence("h200", {}, passes(), frozenset())
+    table = targets.peer_table(have)
+    rows = {line.split(" | ")[0].strip("| "): line for line in table if line.startswith("| ")}
+    assert {"tiers", "torch_native[all_resident]", "torch_native[double_buffer]"} <= set(rows)
+    assert rows["tiers"].count(" ms, ") == 4 and "accelerate" in table[-1]
+    slow = [slower(r, 3.0) if r.variant == "double_buffer" else r for r in passes()]
+    other = targets.peer_table(targets.Evidence("h200", {}, slow, frozenset(r.id for r in slow)))
+    assert other != table and any("STALE" in line for line in other)
+    assert targets.peer_table(targets.Evidence("h200", {}, [], frozenset())) == []
+
+
 def test_the_bound_is_the_longer_of_transfer_and_compute(targets: ModuleType) -> None:
     have = passes()
     assert states(targets, {}, have)[0] == "MET"

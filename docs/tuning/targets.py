@@ -46,6 +46,8 @@ MEDIAN_ERROR, WORST_ERROR, LEAST_POINTS = 0.05, 0.15, 40
 SAVING = 0.9
 LARGE_BYTES = 54 * 10**9
 STREAMED = {"mode": "forward", "layers": "48", "width": "8192", "gpu_bytes": str(GIB)}
+#: What a user would take instead; ``all_resident`` is the yardstick.
+PEERS = ("torch_native[double_buffer]", "torch_native[fsdp2]", "accelerate", "deepspeed")
 TOKENS = ("16", "1024", "8192", "32768")
 
 
@@ -145,17 +147,46 @@ def _bound(have: Evidence) -> Judged:
     both = [t for t in TOKENS if t in mine and t in resident]
     if not both:
         return Judged(target, "NOT_RUN")
-    rate = CARDS[have.machine].link_bytes_s
-    over = {}
-    for t in both:
-        transfer_s = mine[t].metrics["to_device_bytes"] / rate
-        over[t] = _wall(mine[t]) / max(transfer_s, _wall(resident[t]))
+    over = {t: _wall(mine[t]) / _bound_s(have, mine[t], resident[t]) for t in both}
     worst = max(over, key=lambda t: over[t])
     found = f"at most {over[worst]:.3f} ({worst} tokens), {len(both)} of {len(TOKENS)} token counts"
     if over[worst] <= OVER_BOUND and len(both) < len(TOKENS):
         return Judged(target, "INCONCLUSIVE", found)
     stale = any(r.id in have.stale for t in both for r in (mine[t], resident[t]))
     return Judged(target, _word(over[worst] <= OVER_BOUND, stale), found)
+
+
+def peer_table(have: Evidence) -> list[str]:
+    """Wall time of the streamed forward by whoever runs it, in ms and as a multiple of the target's bound."""
+    found: dict[str, dict[str, Record]] = {}
+    for r, who, parameters in _offload(have):
+        if "codec" not in parameters and quantity_of(r, "time.wall") is not None:
+            found.setdefault(who, {})[parameters["tokens"]] = r
+    mine, resident = found.get("tiers", {}), found.get("torch_native[all_resident]", {})
+    tokens = [t for t in TOKENS if t in mine and t in resident]
+    if not tokens:
+        return []
+    bound_s = {t: _bound_s(have, mine[t], resident[t]) for t in tokens}
+    lines = ["", f"| forward, 6.44 GB of bf16 weights | {' | '.join(f'{t} tokens' for t in tokens)} |"]
+    lines += ["|---" * (1 + len(tokens)) + "|"]
+    for who in dict.fromkeys(("tiers", "torch_native[all_resident]", *PEERS, *found)):
+        cells = [found.get(who, {}).get(t) for t in tokens]
+        if any(cells):
+            text = []
+            for t, cell in zip(tokens, cells, strict=True):
+                if cell is None:
+                    text.append("-")
+                    continue
+                stale = " STALE" if cell.id in have.stale else ""
+                text.append(f"{1e3 * _wall(cell):.1f} ms, {_wall(cell) / bound_s[t]:.2f} x{stale}")
+            lines.append(f"| {who} | {' | '.join(text)} |")
+    absent = [who for who in PEERS if who not in found]
+    lines += ["", "Multiples of max(transfer, resident compute); all resident moves nothing."]
+    return lines + ([f"Not on record here: {', '.join(absent)}."] if absent else [])
+
+
+def _bound_s(have: Evidence, mine: Record, resident: Record) -> float:
+    return max(mine.metrics["to_device_bytes"] / CARDS[have.machine].link_bytes_s, _wall(resident))
 
 
 def _wall(record: Record) -> float:
@@ -305,6 +336,7 @@ def document(machines: Iterable[Evidence]) -> str:
     for have in machines:
         lines += ["", f"## {have.machine}", "", "| target | state | found |", "|---|---|---|"]
         lines += [f"| {one.target} | {one.word} | {one.found or '-'} |" for one in judge(have)]
+        lines += peer_table(have)
     return "\n".join(lines) + "\n"
 
 

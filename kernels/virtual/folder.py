@@ -36,8 +36,10 @@ class TrainingFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(path / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise UsageError(f"--out {path}: cannot be used: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:  # the latter for a name with a NUL
+            raise UsageError(
+                f"--out {str(path)!r}: cannot be used: {getattr(error, 'strerror', '') or error}"
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

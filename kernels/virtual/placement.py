@@ -10,11 +10,12 @@ gradients go as soon as the optimizer has stepped, and where that is needed free
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vbench.errors import UsageError
-from vbench.kernels.tiers.budget import BudgetError
 from vbench.kernels.tiers.gradients import IN_FLIGHT
 from vbench.kernels.tiers.residency import Residency, plan
 from vbench.kernels.tiers.tiered import TRAINING_COST
@@ -218,7 +219,7 @@ def place(
 
 def _tiered(shape: ModelShape, work: Workload, card: Card, room: int, limit: int, accumulation: int) -> Placement:
     units, depth = unit_sizes(shape, work.parameter_bytes, without_matrices=work.fp4)
-    codes = sum(fp4_blocks(shape, work)[0])
+    codes, slots = sum(fp4_blocks(shape, work)[0]), max(2, depth + 1)
     sizes = [unit.size_bytes for unit in units]
     activations = working_bytes(shape, work, card)
     if activations > limit:
@@ -228,15 +229,16 @@ def _tiered(shape: ModelShape, work: Workload, card: Card, room: int, limit: int
             "--gradient-checkpointing"
         )
     while True:
-        try:
-            residency = plan(
-                sizes, room - activations - codes, max(2, depth + 1), [TRAINING_COST] * len(sizes), [True] * len(sizes)
-            )
-        except BudgetError as error:
+        left = room - activations - codes
+        least = least_for_weights(sizes, slots)
+        if left < least:
             raise UsageError(
-                f"--vgpu-auto: {error} (gpu is the budget less the context, activations take {activations} bytes with "
-                "the holes that they leave: raise --budget, lower --batch or --seq, or add --gradient-checkpointing)"
-            ) from error
+                f"--vgpu-auto: weights need at least {least} bytes (slots for streamed ones, and what is larger than a "
+                f"slot), and the budget leaves {max(0, left)} beside context, {activations} for activations with the "
+                f"holes they leave, and {codes} of codes: {least - left} short; raise --budget, lower --batch or "
+                "--seq, or add --gradient-checkpointing"
+            )
+        residency = plan(sizes, left, slots, [TRAINING_COST] * len(sizes))
         try:
             tried = simulate(
                 shape, work, card, residency, limit_bytes=limit, gives_back=True, accumulation=accumulation
@@ -245,6 +247,15 @@ def _tiered(shape: ModelShape, work: Workload, card: Card, room: int, limit: int
             activations += max(error.short_bytes, min(sizes))
         else:
             return Placement(residency, activations, True, tried.peak_allocated_bytes, tried.peak_reserved_bytes)
+
+
+def least_for_weights(sizes_bytes: Sequence[int], slots: int) -> int:
+    """Least device bytes with which ``residency.plan`` places trainable units: all there, or as few as slots allow."""
+    costs = {size: math.ceil(size * TRAINING_COST) for size in sizes_bytes}
+    streaming = [
+        slots * limit + sum(costs[size] for size in sizes_bytes if size > limit) for limit in sorted(set(sizes_bytes))
+    ]
+    return min(sum(costs[size] for size in sizes_bytes), *streaming)
 
 
 def working_bytes(shape: ModelShape, work: Workload, card: Card) -> int:
