@@ -261,6 +261,10 @@ SUITE = Suite(
         Generated(
             "vbench.suites.strategies:large_attention_backward_cases", (0, 0, 0), (*COMPILED_FOR, "dlse"), "cuda"
         ),
+        Generated("vbench.suites.strategies:fused_attention_cases", (0, 0, 0), COMPILED_FOR, "cuda"),
+        Generated(
+            "vbench.suites.strategies:fused_attention_backward_cases", (0, 0, 0), (*COMPILED_FOR, "dlse"), "cuda"
+        ),
         Generated("vbench.suites.strategies:large_attention_masked_backward_cases", (0, 0, 0), device="cuda"),
     ),
     benches=_benches(),

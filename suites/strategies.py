@@ -164,6 +164,8 @@ def large_fp4_linear_cases(frame: Frame | None = None) -> SearchStrategy[Case]:
 _SMALL_HEADS = (8, 16, 32, 40, *range(1, 41))
 #: Head dims from 16 to 256 in steps of 8, the two of most models oftener.
 _LARGE_HEADS = (*(64, 128) * 8, *range(16, 257, 8))
+#: Types and head dims that kernels for one machine's matrix units are written for; one in thirty of all draws has them.
+NARROW, FUSED_HEADS = ("bf16", "fp16"), (64, 128)
 
 
 def _features(draw: st.DrawFn, frame: Frame | None) -> dict[str, Any]:
@@ -178,16 +180,18 @@ def _features(draw: st.DrawFn, frame: Frame | None) -> dict[str, Any]:
 
 
 @st.composite
-def _attention(draw: st.DrawFn, op: Op, frame: Frame | None, most: int, head_dims: tuple[int, ...]) -> Case:
-    """``most``: largest sq and sk."""
+def _attention(
+    draw: st.DrawFn, op: Op, frame: Frame | None, most: int, head_dims: tuple[int, ...], fused: bool = False
+) -> Case:
+    """``most``: largest sq and sk. ``fused``: 16 bits, and neither window nor softcap."""
     hk = _size(draw, frame, "hk", range(1, 3))
     values: dict[str, Any] = {
-        "dtype": _choice(draw, frame, "dtype", DTYPES),
+        "dtype": _choice(draw, frame, "dtype", NARROW if fused else DTYPES),
         "causal": _choice(draw, frame, "causal", ("none", "top_left", "bottom_right")),
         "dist": draw(st.sampled_from(ATTENTION_DISTRIBUTIONS)),
         "layout": _choice(draw, frame, "layout", LAYOUTS),
-        "window": _size(draw, frame, "window", (0, 0, 0, 1, 7, 20)),
-        "softcap": _size(draw, frame, "softcap", (0, 0, 0, 2, 30)),
+        "window": 0 if fused else _size(draw, frame, "window", (0, 0, 0, 1, 7, 20)),
+        "softcap": 0 if fused else _size(draw, frame, "softcap", (0, 0, 0, 2, 30)),
         "b": _size(draw, frame, "b", range(1, 3)),
         "hq": _size(draw, frame, "hq", range(1, 4), hk),
         "hk": hk,
@@ -230,6 +234,16 @@ def large_attention_cases(frame: Frame | None = None) -> SearchStrategy[Case]:
 def large_attention_backward_cases(frame: Frame | None = None) -> SearchStrategy[Case]:
     """attention_backward for a GPU, as the forward."""
     return _attention(ATTENTION_BACKWARD, frame, 400, _LARGE_HEADS)
+
+
+def fused_attention_cases(frame: Frame | None = None) -> SearchStrategy[Case]:
+    """attention for a GPU, as large, of what kernels written for one machine take: see ``FUSED_HEADS``."""
+    return _attention(ATTENTION, frame, 400, FUSED_HEADS, fused=True)
+
+
+def fused_attention_backward_cases(frame: Frame | None = None) -> SearchStrategy[Case]:
+    """attention_backward for a GPU, as the forward."""
+    return _attention(ATTENTION_BACKWARD, frame, 400, FUSED_HEADS, fused=True)
 
 
 def extended_attention_cases(frame: Frame | None = None) -> SearchStrategy[Case]:

@@ -20,7 +20,7 @@ HEIGHT = 900
 DEADLINE_MS = 30_000
 SCHEMES = {"dark": 0, "light": 1}  # blink's preferredColorScheme
 
-#: What is measured in the page, as JSON text. Contrast as WCAG 2.2 defines it (success criterion 1.4.3).
+#: What is measured in the page, as JSON text. Contrast as WCAG 2.2 defines it.
 FACTS = """
 (() => {
   for (const d of document.querySelectorAll('details')) d.open = true;
@@ -42,6 +42,8 @@ FACTS = """
     .sort((p, q) => p[0] - q[0])[0];
   const small = words.map(e => [parseFloat(getComputedStyle(e).fontSize) * scale(e), e.textContent.slice(0, 40)])
     .sort((p, q) => p[0] - q[0])[0];
+  const pale = [...document.querySelectorAll('svg circle')].filter(seen)
+    .map(e => [contrast(getComputedStyle(e).fill, behind(e)), getComputedStyle(e).fill]).sort((p, q) => p[0] - q[0])[0];
   const cut = words.filter(e => e.ownerSVGElement && !(r => { const s = e.ownerSVGElement.getBoundingClientRect();
     return r.left >= s.left - 1 && r.right <= s.right + 1 && r.top >= s.top - 1 && r.bottom <= s.bottom + 1;
   })(e.getBoundingClientRect())).map(e => e.textContent);
@@ -58,7 +60,7 @@ FACTS = """
     points: [...document.querySelectorAll('svg circle')].filter(seen).length,
     dead: [...document.querySelectorAll('a')].filter(a => { const h = a.getAttribute('href');
       return !h || !h.startsWith('#') || !document.getElementById(h.slice(1)); }).length,
-    faint: faint || null, small: small || null, cut: cut,
+    faint: faint || null, pale: pale || null, small: small || null, cut: cut,
   });
 })()
 """

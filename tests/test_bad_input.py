@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +146,8 @@ def test_no_records_take_no_number_out_of_a_document(place: Place) -> None:
     for verb in ("check", "update"):
         code, out, _ = place.say("claims", verb, str(place.document), "--records", str(empty))
         assert code == 3 and f"nothing judged: {empty} has no record" in out
+        code, out, _ = place.say("claims", verb, str(place.document), "--records", str(empty), "--json")
+        assert code == 3 and json.loads(out)["exit"] == 3
     assert place.document.read_text(encoding="utf-8") == text
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -278,9 +279,12 @@ def test_a_document_shows_the_search_and_rests_on_its_rounds(monkeypatch: pytest
         case, where = f"fuzz[op=x,round={number}]", {"hardware": "cpu"}
         return Record(case, "b", "fuzz", Outcome.PASSED, "run", metrics=metrics, environment=where, sources=digest)
 
+    refused = fuzz.round_metrics([found(Outcome.UNSUPPORTED)] * 3, 1.0)
     records = [a_round(0, "now"), a_round(1, "now"), a_round(2, "then")]
+    # Whatever was refused as a whole rests on no sources.
+    records.append(replace(a_round(3, ""), metrics=refused))
     shown = documents.update(text, ledger, records, current_sources=lambda r: "now", where="d")
-    assert "| x | b | 4 | 2 | 2 | 0 | 0 | 0.35 | 0.35 | 0.35 | 0.310 |" in shown
+    assert "| x | b | 7 | 2 | 5 | 0 | 0 | 0.35 | 0.35 | 0.35 | 0.310 |" in shown
     assert "STALE: 1 rounds" in shown
     assert documents.evidence(text, ledger, records, current_sources=lambda r: "now") == records
     assert "no_records" in documents.update(text, ledger, [], current_sources=lambda r: None, where="d")

@@ -573,6 +573,11 @@ def test_a_baseline_is_measured_updated_and_gated(
     again = [*measure[:-2], "--baseline", str(kept), "--op", "tier_stack", "--pairs", "1"]
     assert main([*again, "--resume", first]) == 0
     assert "nothing left to measure" in capsys.readouterr().out
+    with monkeypatch.context() as changed:
+        changed.setitem(ENVIRONMENT, "driver", "999.1")
+        assert main(again) == 0
+    assert "machine   driver: 1 in the baseline, 999.1 in the run; a gate refuses" in capsys.readouterr().out
+    assert main(again) == 0 and "machine" not in capsys.readouterr().out, "control: the same machine"
     slower = Machine(lambda side, backend, case: 1.2e-5)
     monkeypatch.setattr(ab.Workers, "start", lambda self, side, backend: slower.start(side, backend))
     assert main(["baseline", "measure", *common, "--case", RESIDENT, "--pairs", "1"]) == 0

@@ -107,6 +107,20 @@ def test_ten_percent_slower_fails_and_faster_does_not(files: Files) -> None:
     assert (code, words(body)) == (0, ["FASTER", "SAME", "SAME"])
 
 
+def test_another_choice_of_tile_is_named_beside_a_change_of_time(files: Files) -> None:
+    chose = [replace(r, choice={"digest": "sha256:a", "bn": 64}) for r in baseline_of()]
+
+    def slower(choice: dict[str, Any]) -> list[Record]:
+        return run_of(lambda r: replace(r, measurements=(Measurement("graph", (33e-6,)),), choice=choice))
+
+    other = {"digest": "sha256:b", "bn": 128}
+    code, body = files.gate(slower(other), chose)
+    assert (code, sorted(words(body))) == (1, ["SAME", "SAME", "SLOWER(other_choice)"])
+    for choice, before in ((chose[0].choice, chose), ({}, chose), (other, None)):
+        code, body = files.gate(slower(dict(choice)), before)
+        assert (code, sorted(words(body))) == (1, ["SAME", "SAME", "SLOWER"]), "the same, or nothing said"
+
+
 @pytest.mark.parametrize(("field", "value"), [("gpu", "NVIDIA H100 80GB HBM3"), ("driver", "570.9"), ("cuda", "12.8")])
 def test_unlike_machines_are_refused_with_the_field(files: Files, field: str, value: str) -> None:
     other = {**H200, field: value}

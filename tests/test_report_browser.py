@@ -26,7 +26,8 @@ pytestmark = pytest.mark.skipif(
 #: Widths of a window, px: a telephone's and a desk's.
 WIDTHS = (400, 1280)
 SCHEMES = ("light", "dark")
-LEAST_CONTRAST = 4.5  # WCAG 2.2, success criterion 1.4.3, level AA
+LEAST_CONTRAST = 4.5  # WCAG 2.2, success criterion 1.4.3, level AA: words
+LEAST_GRAPHIC_CONTRAST = 3.0  # 1.4.11: what is drawn
 LEAST_PX = 9.0
 
 
@@ -71,14 +72,15 @@ def test_it_is_quiet_whole_and_readable(scheme: str, pages: dict[str, Path]) -> 
         assert facts["dark"] == (scheme == "dark") and (facts["background"] < 0.1) == (scheme == "dark")
         assert facts["wide"] <= facts["room"] <= width, "no scrolling sideways"
         assert facts["faint"][0] >= LEAST_CONTRAST, facts["faint"]
+        assert facts["pale"][0] >= LEAST_GRAPHIC_CONTRAST, facts["pale"]
         assert facts["small"][0] >= LEAST_PX, facts["small"]
         assert facts["cut"] == [], "no word of a plot is cut off"
 
 
 BAD = """<!doctype html><html><body style="width: 3000px; background: #fff">
 <img src="http://127.0.0.1:9/x.png"><p style="color: #ccc">faint</p><p style="font-size: 5px">small</p>
-<a href="#nowhere">dead</a><svg viewBox="0 0 10 10" width="10" height="10"><text x="50" y="5">cut</text></svg>
-<script>document.title = "ran"; console.error("oh")</script></body></html>"""
+<a href="#nowhere">dead</a><svg viewBox="0 0 10 10" width="10" height="10"><text x="50" y="5">cut</text>
+<circle r="3" fill="#ccc"/></svg><script>document.title = "ran"; console.error("oh")</script></body></html>"""
 
 
 def test_control_each_fault_is_seen(tmp_path: Path) -> None:
@@ -93,7 +95,8 @@ def test_control_each_fault_is_seen(tmp_path: Path) -> None:
         assert facts["wide"] > facts["room"] and facts["dead"] == 1 and facts["cut"] == ["cut"]
         assert facts["faint"][0] < LEAST_CONTRAST and facts["faint"][1] == "faint"
         assert facts["small"][0] < LEAST_PX and facts["small"][1] == "small"
-        assert facts["rows"] == facts["points"] == facts["tables"] == 0
+        assert facts["pale"][0] < LEAST_GRAPHIC_CONTRAST
+        assert facts["rows"] == facts["tables"] == 0
 
 
 def test_control_a_page_that_is_not_there(tmp_path: Path) -> None:

@@ -196,13 +196,16 @@ def test_the_estimators_points_can_all_be_stepped(tmp_path: Path, monkeypatch: p
 
 
 def test_scenarios_rehearse_with_and_without_tiers(tmp_path: Path) -> None:
-    """A scenario and its tiered twin, tiny on a CPU; FP4 weights are refused as on a GPU."""
+    """Two scenarios and their tiered twins, tiny on a CPU; one of them trains on FP4 codes."""
     scenarios = script("scenarios")
-    rows = tuple(row for row in scenarios.ROWS if row[0] in ("student free", "student 4.5GB, tiered", "cluster"))
+    wanted = ("student free", "student 4.5GB, tiered", "cluster free", "cluster 3.5GB, tiered")
+    rows = tuple(row for row in scenarios.ROWS if row[0] in wanted)
     assert scenarios.main(["--out", str(tmp_path), "--rehearse"], rows) == 0
     kept = json.loads((tmp_path / "scenarios.json").read_text(encoding="utf-8"))["rows"]
-    assert [row["exit_code"] for row in kept] == [0, 0, 2]
-    assert any(line.startswith("tiers: ") for line in kept[1]["plan"]) and kept[1]["same_losses"]
+    assert [row["exit_code"] for row in kept] == [0, 0, 0, 0]
+    for row in (kept[1], kept[3]):
+        assert any(line.startswith("tiers: ") for line in row["plan"]) and row["same_losses"]
+    assert kept[1]["fp4"] is None and kept[3]["fp4"]["codes_bytes"] > 0
 
 
 def test_scenarios_are_on_disk_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,8 +240,8 @@ def test_a_tiered_row_must_begin_with_its_twins_loss() -> None:
         row = {"name": "s 8GB", "options": "", "exit_code": 0, "losses": losses}
         assert scenarios.wrong(row, [free, row]) is wrong
         assert row["same_losses"] is False
-    refused = {"name": "c", "options": "--use-fp4", "exit_code": 2}
-    assert not scenarios.wrong(refused, [refused]) and scenarios.wrong({**refused, "exit_code": 0}, [])
+    refused = {"name": "s 8GB", "options": "", "exit_code": 2}
+    assert scenarios.wrong(refused, [free, refused])
 
 
 def test_the_codecs_script_finds_equal_passes_and_flushes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

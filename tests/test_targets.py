@@ -37,6 +37,8 @@ def good() -> dict[str, Any]:
     """What the scripts write where every target is met."""
     row = {"options": "", "exit_code": 0, "losses": [5.5], "peak_bytes": 10**10}
     tiered = {"name": "s 8GB", **row, "options": "--budget 8GB", "peak_bytes": 7 * 10**9}
+    bare = {"name": "large bare free", **row}
+    cluster = {"name": "cluster free", **row, "peak_bytes": 10**9}
     return {
         "tier_codec": {
             "gpu": "G",
@@ -44,7 +46,7 @@ def good() -> dict[str, Any]:
             "nvfp4": {"equal": True, "tokens_16": {"median_s": 1.0}, "tokens_1024": {"median_s": 2.0}},
         },
         "estimator": {"summary": {"gpu": "G"}, "rows": [{"error": (-1) ** i * 0.04} for i in range(40)]},
-        "scenarios": {"gpu": "G", "left_out": [], "rows": [{"name": "s free", **row}, tiered]},
+        "scenarios": {"gpu": "G", "left_out": [], "rows": [{"name": "s free", **row}, tiered, bare, cluster]},
         "tier_54gb": {
             "gpu_name": "G", "verdict": "EQUAL", "gpu": "8GiB", "peak_bytes": 8 * GIB, "weight_bytes": 53_955_526_656,
             "different": [],
@@ -137,6 +139,8 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("scenarios/rows/1/losses", [5.6], 8, "MISSED"),
         ("scenarios/rows/1/exit_code", 1, 8, "MISSED"),
         ("scenarios/left_out", ["c"], 8, "INCONCLUSIVE"),
+        ("scenarios/rows/3/peak_bytes", 10**9 + 1, 9, "MISSED"),
+        ("scenarios/rows/2/name", "other free", 9, "NOT_RUN"),
     ],
 )
 def test_each_figure_counts(targets: ModuleType, path: str, value: Any, index: int, word: str) -> None:
@@ -178,7 +182,7 @@ def test_the_document_is_written_checked_and_bad_files_are_named(
     assert targets.main(["--check"], tmp_path) == 1
     assert targets.main(["--write"], tmp_path) == 0 and targets.main(["--check"], tmp_path) == 0
     text = (tmp_path / "docs" / "systems.md").read_text(encoding="utf-8")
-    assert text.count("| MET |") == 7 and text.count("| NOT_RUN |") == 2
+    assert text.count("| MET |") == 8 and text.count("| NOT_RUN |") == 2
     (tmp_path / "results" / "systems" / "h200" / "estimator.json").write_text("{", encoding="utf-8")
     capsys.readouterr()
     assert targets.main(["--check"], tmp_path) == 2

@@ -423,7 +423,6 @@ def test_the_same_command_with_resume_is_taken(finished: Path) -> None:
         ([*SMALL, "--seq", "257"], "positions for 256"),
         ([*SMALL, "--lr", "nan"], "--lr nan"),
         ([*SMALL, "--threads", "0"], "--threads 0"),
-        ([*SMALL, "--use-fp4"], "fp4_weights_do_not_train"),
         ([*SMALL, "--use-flash-attn"], "flash_needs_cuda"),
         ([*SMALL, "--vgpu-auto"], "say how much memory it may use with --budget"),
         ([*SMALL, "--budget", "8"], "--budget '8'"),

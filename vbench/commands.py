@@ -592,8 +592,7 @@ def claims_command(arguments: argparse.Namespace) -> int:
     records = read_records(arguments.records) if arguments.records is not None else baselines()
     if arguments.records is not None and not records:
         # Not even update: it would take every number out of the document.
-        print(f"nothing judged: {arguments.records} has no record")
-        return 3
+        return nothing_judged(str(arguments.records), as_json=arguments.json)
     if arguments.verb == "list":
         verdicts = judge(ledger, records, current_sources=current_sources())
         if arguments.json:
@@ -640,6 +639,13 @@ def claims_command(arguments: argparse.Namespace) -> int:
 
 def _file(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def nothing_judged(what: str, *, as_json: bool) -> int:
+    """Say that ``what`` holds no record. Returns the exit code."""
+    said = f"nothing judged: {what} has no record"
+    print(json.dumps({"exit": 3, "reasons": [said]}) if as_json else said)
+    return 3
 
 
 def read_text(path: Path) -> str:

@@ -112,8 +112,7 @@ def baseline_update(
     registry.choose("ledger", [ledger], books)
     records = _joined(runs, out)
     if not records:
-        print(f"nothing judged: {', '.join(runs)} has no record")
-        return 3
+        return commands.nothing_judged(", ".join(runs), as_json=as_json)
     read = {path: commands.read_text(path) for path in texts}
     beside = baseline.staying(destination, records)
     kept = baseline.select(records, read, books[ledger], commands.current_sources(), beside)
@@ -236,6 +235,7 @@ def baseline_measure(arguments: argparse.Namespace) -> int:
         UsageError, DataError: names that are none, nothing to measure, or records that cannot be read.
     """
     done = _joined(arguments.resume, arguments.out)
+    there: Sequence[Record] = read_records(arguments.baseline) if arguments.baseline is not None else ()
     infos, cases, backends = _own_cases(arguments, arguments.effort if arguments.baseline is None else "full")
     every = selftest.cells_of(cases, infos, backends, injected=False)
     needs = [
@@ -249,7 +249,7 @@ def baseline_measure(arguments: argparse.Namespace) -> int:
     if arguments.claims:
         cells = [c for c in cells if not idle(c)]
     if arguments.baseline is not None:
-        cost_s = baseline.costs_s(read_records(arguments.baseline))
+        cost_s = baseline.costs_s(there)
         cells = [c for c in cells if (c.case, c.who) in cost_s]
         # The cheapest first: a limit then buys the most cells that can be gated.
         cells.sort(key=lambda c: (idle(c), cost_s[c.case, c.who]))
@@ -263,6 +263,9 @@ def baseline_measure(arguments: argparse.Namespace) -> int:
     open_ = selftest.unfinished(cells, [*done, *records], arguments.pairs)
     failed = Counter(r.label for r in records if not r.measurements)
     print(f"cells     {len(cells) - len(open_)} of {len(cells)} have {2 * arguments.pairs} processes")
+    timed = [[r for r in side if r.measurements] for side in (there, records)]
+    for difference in regression.differences(*timed) if all(timed) else ():
+        print(f"machine   {difference}; a gate refuses a baseline of both: take all of it anew here")
     for label, number in sorted(failed.items()):
         print(f"failed    {number} x {label}")
     if open_:

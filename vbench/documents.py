@@ -822,11 +822,15 @@ def _rounds(selector: _Selector, records: Sequence[Record]) -> list[Record]:
 
 
 def _search_table(selector: _Selector, records: Sequence[Record], current_sources: CurrentSources) -> list[str]:
-    """A row a kernel: cases, how they ended, error over budget. Rounds of other sources are left out and counted."""
+    """A row a kernel: cases, how they ended, error over budget. Rounds of other sources are left out and counted.
+
+    A round that was refused as a whole rests on no sources.
+    """
     rounds = _rounds(selector, records)
     if not rounds:
         return ["NOT_RUN (no_records)"]
-    stale = [r for r in rounds if is_stale(r, current_sources)]
+    judged = (r for r in rounds if r.metrics.get("passed", 0) + r.metrics.get("failed", 0))
+    stale = [r for r in judged if is_stale(r, current_sources)]
     head, rows = tallies.rows(r for r in rounds if r not in stale)
     lines = _markdown(head, rows) if rows else []
     return [*lines, *([f"STALE: {len(stale)} rounds are of other sources"] if stale else [])]

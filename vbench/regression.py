@@ -4,7 +4,7 @@ A cell is one case of one own backend and one timed quantity. A baseline holds a
 it: their spread says how far apart two readings of unchanged code lie, so that the margin is the larger of
 LEAST_MARGIN and SPREADS times that spread.
 
-    SLOWER, FASTER   the run's median lies outside the margin
+    SLOWER, FASTER   the run's median lies outside the margin; other_choice: the kernel says that it chose otherwise
     SAME             it lies inside
     INCONCLUSIVE     few_baseline_processes; noisy_baseline where it lies inside a margin above WIDEST_MARGIN
     INVALID          a time that cannot be (not a number, zero, below what the datasheet allows)
@@ -182,14 +182,20 @@ def _row(cell: Cell, then: Sequence[tuple[Record, float]], now: Sequence[tuple[R
     elif len(old) < BASELINE_PROCESSES:
         word, reason = Word.INCONCLUSIVE.value, "few_baseline_processes"
     elif ratio > 1 + margin:
-        word, reason = Word.SLOWER.value, ""
+        word, reason = Word.SLOWER.value, _choice(then, now)
     elif ratio < 1 / (1 + margin):
-        word, reason = Word.FASTER.value, ""
+        word, reason = Word.FASTER.value, _choice(then, now)
     elif margin > WIDEST_MARGIN:
         word, reason = Word.INCONCLUSIVE.value, "noisy_baseline"
     else:
         word, reason = Word.SAME.value, ""
     return Row(*cell, word, reason, old_s, low_s, high_s, len(old), run_s, ratio, margin, ids)
+
+
+def _choice(then: Sequence[tuple[Record, float]], now: Sequence[tuple[Record, float]]) -> str:
+    """``other_choice`` where the kernel says that it chose another tile, path or the like than it ever did before."""
+    old, new = ({str(r.choice["digest"]) for r, _ in side if r.choice} for side in (then, now))
+    return "other_choice" if old and new and not old & new else ""
 
 
 def spread(values_s: Sequence[float]) -> tuple[float, float, float, float]:

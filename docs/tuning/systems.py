@@ -2,10 +2,10 @@
 
 Parts, each a process of its own with its time limit; what a part wrote before it was cut off stays in DIR.
 
-    tests      the tests that are skipped without a GPU: streams, slots, decoding into slots      40 s
-    codec      offload_pass of raw against nvfp4 weights, 6.44 GB, 16 to 8192 tokens              60 s
+    tests      the tests that are skipped without a GPU: streams, slots, decoding into slots      20 s
+    codec      offload_pass of raw against nvfp4 weights, 6.44 GB, 16 to 8192 tokens              25 s
     estimator  the table of estimated and measured peaks, at least 40 points                      70 s
-    scenarios  the document's three scenarios under 8 and 24 GB                                   90 s
+    scenarios  the document's three scenarios under 8 and 24 GB, and with less                   120 s
     overhead   a fully resident tiered stack against the plain one, in pairs of processes        100 s
     large      54 GB forward and backward under 8 GiB against all-resident, 101 GiB of host      120 s
     models     train_step of whole models under 8 and 24 GB and without: virtual, eager, fsdp2   240 s
@@ -35,6 +35,7 @@ GIB = 1 << 30
 #: What an interpreter must be able to import. vbench finds its backends by its own metadata, so it must be installed.
 PACKAGES = ("torch", "numpy")
 OF_VBENCH = ("hypothesis", "vbench-kernels")
+TESTS = ("test_tiers", "test_tiered_codec", "test_virtualize", "test_model_steps", "test_fp4_training")
 NEEDED = {"tests": ("pytest", "hypothesis"), "overhead": OF_VBENCH, "models": OF_VBENCH}
 
 
@@ -48,12 +49,12 @@ def commands(out: Path, rehearse: bool = False) -> dict[str, tuple[list[str], fl
     codec = "--layers 5 --width 128 --gpu 100KiB --tokens 3 5" if rehearse else ""
     large = "--layers 6 --width 128 --tokens 8 --gpu 200KiB --activations 0 --pinned 10MB" if rehearse else ""
     small = ["--rehearse"] if rehearse else []
-    tests = [f"tests/{name}.py" for name in ("test_tiers", "test_tiered_codec", "test_virtualize", "test_model_steps")]
+    tests = [f"tests/{name}.py" for name in TESTS]
     return {
-        "tests": (["-m", "pytest", "-q", "-rs", *tests, "-k", "on_a_gpu or on_a_device"], 60),
-        "codec": ([str(here / "tier_codec.py"), "--out", str(out), "--device", device, *codec.split()], 75),
+        "tests": (["-m", "pytest", "-q", "-rs", *tests, "-k", "on_a_gpu or on_a_device"], 45),
+        "codec": ([str(here / "tier_codec.py"), "--out", str(out), "--device", device, *codec.split()], 45),
         "estimator": ([str(here / "estimator.py"), "--out", str(out), "--device", device, "--limit-s", "60"], 85),
-        "scenarios": ([str(here / "scenarios.py"), "--out", str(out), "--limit-s", "80", *small], 105),
+        "scenarios": ([str(here / "scenarios.py"), "--out", str(out), "--limit-s", "130", *small], 150),
         "overhead": (
             [*vbench, "ab", "torch_native[all_resident]", "tiers", "--case", resident, "--device", device,
              "--pairs", pairs, "--max-pairs", pairs, "--limit-s", "100", "--out", str(out / "runs")],

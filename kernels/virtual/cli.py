@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     est.add_argument("--optimizer", default="adamw", metavar="NAME", help="adamw, adamw8bit, momentum, sgd (adamw)")
     est.add_argument("--attention", choices=("eager", "sdpa"), default="sdpa", help="attention (sdpa)")
     est.add_argument("--checkpointing", action="store_true", help="run each block again in the backward")
+    est.add_argument("--use-fp4", action="store_true", help="as train --use-fp4: FP4 codes beside float32 masters")
     est.add_argument("--dropout", action="store_true", help="dropout as GPT-2 has it")
     est.add_argument(
         "--tied", action=argparse.BooleanOptionalAction, help="output layer tied to the embedding (as the model has it)"
@@ -69,7 +70,10 @@ def parser() -> argparse.ArgumentParser:
     tr.add_argument("--vgpu-auto", action="store_true", help="plan for the card or --budget before starting")
     tr.add_argument("--mixed-precision", action="store_true", default=None, help="bf16 autocast")
     tr.add_argument("--gradient-checkpointing", action="store_true", default=None, help="run blocks again in backward")
-    tr.add_argument("--use-fp4", action="store_true", help="refused: FP4 weights do not train")
+    tr.add_argument(
+        "--use-fp4", action="store_true", default=None,
+        help="compute with FP4 codes of the blocks' weights; masters are kept, so that it costs memory, and saves none",
+    )  # fmt: skip
     tr.add_argument("--use-flash-attn", action="store_true", default=None, help="take a fused attention kernel only")
     tr.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too (extra: train)")
     return top

@@ -15,7 +15,7 @@ from vbench.errors import UsageError
 from vbench.kernels.virtual.hardware import Card
 from vbench.kernels.virtual.program import Program, Workload
 from vbench.kernels.virtual.shapes import ModelShape
-from vbench.kernels.virtual.tape import Tape
+from vbench.kernels.virtual.tape import GRANULE_BYTES, Tape
 
 #: optimizer -> (states as wide as a parameter, what they are); ``adamw8bit`` has its own width
 OPTIMIZERS: Mapping[str, tuple[float, str]] = {
@@ -43,6 +43,7 @@ class Memory:
         peak_at: operation at which the peak is reached.
         working: what must be on the GPU whatever is tiered: the most that lives at one time (not always the peak's)
             beside parameters, gradients and optimizer states, context included.
+        codes: of weights that compute in FP4, beside their masters, with the places they are decoded to.
     """
 
     parameters: int
@@ -54,6 +55,7 @@ class Memory:
     context: int
     peak_at: str
     working: int
+    codes: int = 0
 
     @property
     def allocated(self) -> int:
@@ -64,7 +66,7 @@ class Memory:
     def total(self) -> int:
         return (
             self.parameters + self.gradients + self.optimizer + self.activations
-            + self.logits + self.workspace + self.context
+            + self.logits + self.workspace + self.context + self.codes
         )  # fmt: skip
 
 
@@ -105,15 +107,28 @@ def estimate(shape: ModelShape, work: Workload, optimizer: str, card: Card) -> M
     loss = Program(shape, work, tape).forward()
     tape.backward(loss)
     blas = card.matrix_workspace_bytes if work.device == "cuda" else 0
-    working = tape.working_peak_bytes + blas + card.context_bytes
+    codes = sum(map(sum, fp4_blocks(shape, work)))
+    working = tape.working_peak_bytes + blas + card.context_bytes + codes
     kinds = tape.peak.by_kind
     running = Memory(
         parameters, kinds["parameter_gradients"], states, kinds["activations"], kinds["logits"],
-        kinds["activation_gradients"] + kinds["workspace"] + blas, card.context_bytes, tape.peak.when, working,
+        kinds["activation_gradients"] + kinds["workspace"] + blas, card.context_bytes, tape.peak.when, working, codes,
     )  # fmt: skip
     # A fused optimizer makes no copies: in its step parameters, gradients and states are all there is.
-    stepping = Memory(parameters, parameters, states, 0, 0, blas, card.context_bytes, "optimizer step", working)
+    stepping = Memory(parameters, parameters, states, 0, 0, blas, card.context_bytes, "optimizer step", working, codes)
     return max(running, stepping, key=lambda m: m.total)
+
+
+def fp4_blocks(shape: ModelShape, work: Workload) -> tuple[list[int], list[int]]:
+    """Bytes of each piece of memory that ``work.fp4`` adds: codes by layer, and a place for each shape of weight."""
+    if not work.fp4:
+        return [], []
+    matrices = [(n, k) for _, n, k, _ in shape.block_linears]
+    # Codes, scales and the global scale each begin on a boundary of their own.
+    codes = [
+        sum(-(-size // GRANULE_BYTES) * GRANULE_BYTES for size in (n * k // 2, n * k // 16, 4)) for n, k in matrices
+    ]
+    return codes * shape.layers, [n * k * work.compute_bytes for n, k in dict.fromkeys(matrices)]
 
 
 def check(shape: ModelShape, work: Workload, optimizer: str) -> None:
@@ -270,6 +285,11 @@ def step_assumptions(work: Workload, optimizer: str, card: Card) -> list[str]:
         "checkpointing: " + ("each block" if work.checkpointing else "none"),
         "dropout: " + ("on, masks of one byte an element" if work.dropout else "none"),
         f"optimizer: {optimizer}: {OPTIMIZERS[optimizer][1]}; fused, no temporaries",
+        *(
+            ["fp4: nvfp4 codes of the blocks' matrices beside float32 masters, all of which is kept"]
+            if work.fp4
+            else []
+        ),
         "eager execution; gradients set to None after each step; loss in fp32 over all positions at once",
         f"cuBLAS workspaces: {card.matrix_workspace_bytes:,} bytes from the allocator",
         "the allocator's fragmentation is not in the total",

@@ -9,6 +9,7 @@ gradients go as soon as the optimizer has stepped, and where that is needed free
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from vbench.kernels.tiers.residency import Residency, plan
 from vbench.kernels.tiers.tiered import TRAINING_COST
 from vbench.kernels.tiers.units import aligned
 from vbench.kernels.virtual.allocator import CachingAllocator, SimulatedOutOfMemory
+from vbench.kernels.virtual.estimate import fp4_blocks
 from vbench.kernels.virtual.hardware import Card
 from vbench.kernels.virtual.program import Program, Workload
 from vbench.kernels.virtual.shapes import ModelShape
@@ -65,8 +67,14 @@ class Placement:
     reserved_bytes: int
 
 
-def unit_sizes(shape: ModelShape, parameter_bytes: int) -> tuple[list[UnitSizes], int]:
-    """The units of ``modules.LanguageModel``, in its order, and how many of them are in use at once at the most."""
+def unit_sizes(
+    shape: ModelShape, parameter_bytes: int, *, without_matrices: bool = False
+) -> tuple[list[UnitSizes], int]:
+    """The units of ``modules.LanguageModel``, in its order, and how many of them are in use at once at the most.
+
+    Args:
+        without_matrices: the blocks' weight matrices do not travel (masters of FP4 codes, which stay on the host).
+    """
 
     def unit(*parts: tuple[str, int]) -> UnitSizes:
         return UnitSizes(tuple(n for n, _ in parts), tuple(e * parameter_bytes for _, e in parts))
@@ -85,7 +93,10 @@ def unit_sizes(shape: ModelShape, parameter_bytes: int) -> tuple[list[UnitSizes]
             for name, n_out, n_in, bias in shape.block_linears:
                 if name.startswith(owner):
                     full = f"block{i}.{name}"
-                    units.append(unit((full, n_out * n_in), *([(f"{full}.bias", n_out)] if bias else [])))
+                    matrix = [] if without_matrices else [(full, n_out * n_in)]
+                    parts = [*matrix, *([(f"{full}.bias", n_out)] if bias else [])]
+                    if parts:
+                        units.append(unit(*parts))
     units.append(norm("norm"))
     if not shape.tied:
         units.append(unit(("head", shape.vocabulary * shape.width)))
@@ -134,10 +145,15 @@ def simulate(
     Raises:
         SimulatedOutOfMemory: it died.
     """
-    units, _ = unit_sizes(shape, work.parameter_bytes)
+    units, _ = unit_sizes(shape, work.parameter_bytes, without_matrices=work.fp4 and residency is not None)
     allocator = CachingAllocator(limit_bytes)
     stays = [True] * len(units) if residency is None else list(residency.resident)
     leaving = {name for unit, here in zip(units, stays, strict=True) if not here for name in unit.names}
+    masters = {f"block{i}.{name}": n * k for i in range(shape.layers) for name, n, k, _ in shape.block_linears}
+    aside = work.fp4 and residency is not None
+    leaving |= set(masters) if aside else set()
+    for size in itertools.chain(*fp4_blocks(shape, work)):
+        allocator.allocate(size)
     for _ in range(0 if residency is None else residency.slots):
         assert residency is not None
         allocator.allocate(residency.slot_bytes)
@@ -160,6 +176,8 @@ def simulate(
             tape.backward(loss)
             tape.free(loss)
         step.end()
+        if aside:  # where a master from the host is encoded
+            allocator.free(allocator.allocate(max(masters.values()) * work.parameter_bytes))
         if gives_back:
             allocator.empty_cache()
         if index == 0:
@@ -199,7 +217,8 @@ def place(
 
 
 def _tiered(shape: ModelShape, work: Workload, card: Card, room: int, limit: int, accumulation: int) -> Placement:
-    units, depth = unit_sizes(shape, work.parameter_bytes)
+    units, depth = unit_sizes(shape, work.parameter_bytes, without_matrices=work.fp4)
+    codes = sum(fp4_blocks(shape, work)[0])
     sizes = [unit.size_bytes for unit in units]
     activations = working_bytes(shape, work, card)
     if activations > limit:
@@ -211,7 +230,7 @@ def _tiered(shape: ModelShape, work: Workload, card: Card, room: int, limit: int
     while True:
         try:
             residency = plan(
-                sizes, room - activations, max(2, depth + 1), [TRAINING_COST] * len(sizes), [True] * len(sizes)
+                sizes, room - activations - codes, max(2, depth + 1), [TRAINING_COST] * len(sizes), [True] * len(sizes)
             )
         except BudgetError as error:
             raise UsageError(
@@ -229,10 +248,11 @@ def _tiered(shape: ModelShape, work: Workload, card: Card, room: int, limit: int
 
 
 def working_bytes(shape: ModelShape, work: Workload, card: Card) -> int:
-    """The most that lives on the device at once beside parameters, gradients and states, without the context."""
+    """The most that lives on the device at once beside parameters, their codes, gradients and states; no context."""
     tape = Tape()
     tape.backward(Program(shape, work, tape).forward())
-    return tape.working_peak_bytes + (card.matrix_workspace_bytes if work.device == "cuda" else 0)
+    places = sum(fp4_blocks(shape, work)[1])
+    return tape.working_peak_bytes + places + (card.matrix_workspace_bytes if work.device == "cuda" else 0)
 
 
 def least_bytes(shape: ModelShape, work: Workload, card: Card, *, accumulation: int = 1) -> int:

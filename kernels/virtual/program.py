@@ -32,6 +32,7 @@ class Workload:
         checkpointing: each block is run again in the backward.
         dropout: on embedding, attention weights and both branches of a block. gpt only.
         device: whose kernels: a GPU fuses RMSNorm and keeps norm statistics in fp32, a CPU does neither.
+        fp4: the blocks' linear layers compute with nvfp4 codes of their weights (``fp4_training.py``).
     """
 
     batch: int
@@ -41,6 +42,7 @@ class Workload:
     checkpointing: bool = False
     dropout: bool = False
     device: Device = "cuda"
+    fp4: bool = False
 
     @property
     def tokens(self) -> int:
@@ -186,8 +188,10 @@ class Program:
         operand, saves = x, []
         grads = []
         parts = [(weight or name, n_out * n_in)] + ([(f"{name}.bias", n_out)] if bias else [])
+        # Codes are decoded into a place that is there anyway; autocast has nothing to copy and nothing is saved.
+        decoded = work.fp4 and name.startswith("block")
         for part, elements in parts:
-            if work.dtype == "amp":
+            if work.dtype == "amp" and not (decoded and part == parts[0][0]):
                 cast = tape.constant(f"{part} in 16 bits", elements * c)
                 self._casts.append(cast)
                 if part == parts[0][0]:

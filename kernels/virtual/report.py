@@ -27,7 +27,7 @@ from vbench.kernels.virtual.shapes import PRESETS, find_shape
 from vbench.kernels.virtual.tierplan import HOST_OPTIMIZER_BYTES_S, TierPlan, plan_tiers, tier_advice
 from vbench.kernels.virtual.units import parse_bytes, show_bytes
 
-PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "workspace", "context")
+PARTS = ("parameters", "codes", "gradients", "optimizer", "activations", "logits", "workspace", "context")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,11 @@ class Report:
         verdict = "fits" if self.fits else f"does not fit, by {show_bytes(memory.total - card.memory_bytes)}"
         lines = [
             f"{self.model}: {self.parameters / 1e6:.2f} M parameters; one training step, largest at: {memory.peak_at}",
-            *(f"  {part:<12} {show_bytes(getattr(memory, part)):>12}" for part in PARTS),
+            *(
+                f"  {part:<12} {show_bytes(getattr(memory, part)):>12}"
+                for part in PARTS
+                if part != "codes" or memory.codes
+            ),
             f"  {'total':<12} {show_bytes(memory.total):>12}   on {card.name} "
             f"({show_bytes(card.memory_bytes)}): {verdict}",
             f"largest batch of {self.work.sequence} tokens without tiers: {self.batch}",
@@ -157,6 +161,8 @@ def _of_transformers(arguments: argparse.Namespace, card: Card) -> Report:
         raise UsageError(f"--implementation transformers takes a config.json, not the preset {arguments.model}")
     if arguments.tied is not None:
         raise UsageError("--tied, --no-tied: with --implementation transformers the config.json says it")
+    if arguments.use_fp4:
+        raise UsageError("--use-fp4: this package's models train so, not those of --implementation transformers")
     if arguments.gpus != 1:
         raise UsageError("--gpus: no tier plan is made with --implementation transformers")
     model = HfModel(Path(arguments.model))
@@ -179,5 +185,6 @@ def _of_transformers(arguments: argparse.Namespace, card: Card) -> Report:
 def _workload(arguments: argparse.Namespace, context: int) -> Workload:
     sequence = arguments.seq if arguments.seq is not None else min(context, 1024)
     return Workload(
-        arguments.batch, sequence, arguments.dtype, arguments.attention, arguments.checkpointing, arguments.dropout
-    )
+        arguments.batch, sequence, arguments.dtype, arguments.attention, arguments.checkpointing, arguments.dropout,
+        fp4=arguments.use_fp4,
+    )  # fmt: skip

@@ -28,6 +28,7 @@ class Settings:
         checkpoint_every: steps between checkpoints (0: only at the end).
         sample: bytes to write at the end.
         device: cpu or cuda.
+        use_fp4: the blocks' linear layers compute with nvfp4 codes of their float32 masters (``fp4_training.py``).
     """
 
     model: str
@@ -48,6 +49,7 @@ class Settings:
     mixed_precision: bool
     gradient_checkpointing: bool
     use_flash_attn: bool
+    use_fp4: bool
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -77,7 +79,7 @@ PRESET_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 DEFAULTS: Mapping[str, Any] = {
     "epochs": 0, "accumulation": 1, "weight_decay": 0.1, "clip": 1.0, "seed": 0, "eval_every": 0, "eval_batches": 16,
     "checkpoint_every": 100, "sample": 200, "mixed_precision": False, "gradient_checkpointing": False,
-    "use_flash_attn": False,
+    "use_flash_attn": False, "use_fp4": False,
 }  # fmt: skip
 
 

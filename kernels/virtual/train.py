@@ -26,6 +26,7 @@ from vbench.kernels.virtual.units import show_bytes
 SETTING_OPTIONS = (
     "steps", "epochs", "batch", "seq", "accumulation", "lr", "weight_decay", "clip", "seed", "eval_every",
     "eval_batches", "checkpoint_every", "sample", "mixed_precision", "gradient_checkpointing", "use_flash_attn",
+    "use_fp4",
 )  # fmt: skip
 
 
@@ -38,11 +39,6 @@ def train(arguments: argparse.Namespace) -> int:
     """
     import torch
 
-    if arguments.use_fp4:
-        raise Unsupported(
-            "fp4_weights_do_not_train",
-            "--use-fp4: FP4 holds frozen weights, and every weight trains here; leave it out",
-        )
     if arguments.threads is not None:
         if arguments.threads < 1:
             raise UsageError(f"--threads {arguments.threads}: must be at least 1")
@@ -222,7 +218,7 @@ def _within_budget(settings: Settings, arguments: argparse.Namespace) -> Room:
     shape = PRESETS[settings.model]
     work = Workload(
         settings.batch, settings.seq, "amp" if settings.mixed_precision else "fp32", "sdpa",
-        settings.gradient_checkpointing, device="cuda",
+        settings.gradient_checkpointing, device="cuda", fp4=settings.use_fp4,
     )  # fmt: skip
     needed = estimate(shape, work, "adamw", card)
     _say(f"estimate: {show_bytes(needed.total)} of {show_bytes(card.memory_bytes)}, context included")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -26,7 +26,9 @@ from vbench.kernels.virtual.checkpoint import Checkpoint
 from vbench.kernels.virtual.corpus import Corpus, Source
 from vbench.kernels.virtual.errors import CheckpointError, TrainingError
 from vbench.kernels.virtual.folder import DATA_FILE, LOG_FILE, Log, TrainingFolder
+from vbench.kernels.virtual.fp4_training import TrainedFP4Linear, install, masters_aside
 from vbench.kernels.virtual.modules import LanguageModel
+from vbench.kernels.virtual.saved import detached_saves
 from vbench.kernels.virtual.settings import Settings
 from vbench.kernels.virtual.shapes import PRESETS
 from vbench.kernels.virtual.units import show_bytes
@@ -90,11 +92,20 @@ class Trainer:
         self._corpus = Corpus(folder.path / DATA_FILE, settings.seq, settings.seed)
         torch.manual_seed(settings.seed)
         shape = PRESETS[settings.model]
-        with self._device if tiering is None else torch.device("cpu"):
-            self._model = LanguageModel(shape, checkpointing=settings.gradient_checkpointing)
-        self._tiered = tier(self._model, budget=tiering, device=self._device) if tiering is not None else None
-        if self._tiered is not None:
+        # Drawn on the host wherever it will be: a GPU draws other numbers, and tiers must not change the model.
+        self._model = LanguageModel(shape, checkpointing=settings.gradient_checkpointing)
+        if tiering is None:
+            self._model.to(self._device)
+        computes_in = torch.bfloat16 if settings.mixed_precision else torch.float32
+        self._fp4 = install(self._model, self._device, computes_in) if settings.use_fp4 else []
+        self._tiered: Tiered | None = None
+        if tiering is not None:
+            # Nobody computes with a master: it stays on the host, and only its codes are on the device.
+            with masters_aside(self._fp4):
+                self._tiered = tier(self._model, budget=tiering, device=self._device)
             say(tier_line(self._tiered))
+        if self._fp4:
+            say(fp4_line(self._fp4, tiering is not None))
         self._optimizer = _optimizer(self._model, settings)
         self._allocate_what_stays()
         self.total_steps = settings.total_steps(self._corpus.windows)
@@ -126,6 +137,7 @@ class Trainer:
                     "step": self.step, "loss": loss, "lr": rate, "grad_norm": norm, "tokens_s": tokens_s,
                     "memory_bytes": self._memory_bytes(),
                     **({} if self._tiered is None else {"tiers": self._tiered.stats()}),
+                    **({"fp4": fp4_bytes(self._fp4, self._tiered is not None)} if self._fp4 else {}),
                 })  # fmt: skip
                 self._scalars("loss", loss, self.step)
                 self._scalars("learning rate", rate, self.step)
@@ -190,8 +202,13 @@ class Trainer:
             )
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        self._encode()
         self._give_back()
         return total, norm
+
+    def _encode(self) -> None:
+        for layer in self._fp4:
+            layer.encode()
 
     def _give_back(self) -> None:
         if self._gives_back:
@@ -207,17 +224,10 @@ class Trainer:
         return torch.autocast(self._device.type, dtype=torch.bfloat16)
 
     def _loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        with self._kernel(), self._context(), self._saving():
+        with self._kernel(), self._context(), detached_saves(self._tiered is not None):
             loss = self._model(ids, targets)
         assert isinstance(loss, Tensor)
         return loss
-
-    def _saving(self) -> AbstractContextManager[Any]:
-        """A tiered module's hooks hand most saved tensors on as they are, and an operation's own output among them
-        would keep its graph alive for ever, should the backward not run to its end; a detached one does not."""
-        if self._tiered is None:
-            return nullcontext()
-        return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
 
     def _blame(self, value: float, ids: Tensor, targets: Tensor) -> str:
         """Which layer is the first whose parameters or output are not finite: the same batch again, with hooks."""
@@ -292,6 +302,7 @@ class Trainer:
                 parameter.copy_(held.tensors[f"model.{name}"])
                 for key, kept in self._optimizer.state[parameter].items():
                     kept.copy_(held.tensors[f"optimizer.{key}.{name}"])
+        self._encode()
         torch.set_rng_state(held.tensors["rng.cpu"])
         if self._device.type == "cuda":
             torch.cuda.set_rng_state(held.tensors["rng.cuda"])
@@ -329,6 +340,26 @@ def tier_line(tiered: Tiered) -> str:
         f"tiers: {show_bytes(where['streamed_bytes_per_pass'])} of weights streamed each pass through "
         f"{where['slots']} slots of {show_bytes(where['slot_bytes'])}, {show_bytes(resident)} resident, "
         f"{show_bytes(where['pinned_weight_bytes'])} on the host"
+    )
+
+
+def fp4_bytes(layers: Sequence[TrainedFP4Linear], on_host: bool) -> dict[str, int]:
+    """What FP4 codes take on the device, what their masters take, and whether these are on the host (0 or 1)."""
+    return {
+        "codes_bytes": sum(layer.codes.nbytes for layer in layers),
+        "masters_bytes": sum(layer.weight.nbytes for layer in layers),
+        "masters_on_host": int(on_host),
+    }
+
+
+def fp4_line(layers: Sequence[TrainedFP4Linear], on_host: bool) -> str:
+    """What ``--use-fp4`` does to memory, in words."""
+    found = fp4_bytes(layers, on_host)
+    where = "on the host" if on_host else "beside them"
+    return (
+        f"fp4: {len(layers)} linear layers compute with nvfp4 codes, {show_bytes(found['codes_bytes'])}; their float32 "
+        f"masters, {show_bytes(found['masters_bytes'])}, with gradients and moments are kept {where}: training with "
+        "FP4 adds the codes and saves nothing"
     )
 
 
