@@ -678,8 +678,9 @@ def main(argv: list[str]) -> int:
     # Imported before the first job, so that no job's deadline pays for it.
     import torch
 
-    if place != "cuda":
-        torch.set_num_threads(int(os.environ.get("VBENCH_WORKER_THREADS", "1")))
+    threads = int(os.environ.get("VBENCH_WORKER_THREADS", "1"))
+    if threads:
+        torch.set_num_threads(threads)
     places: dict[str, Place] = {"cpu": "cpu", "cuda": "cuda", "compile": "compile"}
     worker = Worker(name, distribution, places[place])
     answers.write(json.dumps({"ready": True}) + "\n")
