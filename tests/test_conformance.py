@@ -80,7 +80,8 @@ def test_a_run_tries_laws_on_a_part_of_the_drawn_cases() -> None:
     (case,) = control.cases
     request = {"kind": "check", "op": case.op, "case": case.id, "variant": control.name, "role": "own"}
     assert worker.run(request).outcome is Outcome.PASSED
-    assert worker.run(request | {"thorough": True, "off": ["battery"]}).reason == "laws"
+    broken = worker.run(request | {"thorough": True, "off": ["battery"]})
+    assert broken.reason == "laws" and broken.metrics and "broken_law.causal_prefix" in broken.metrics
 
 
 @pytest.mark.parametrize(("spoil", "code"), [("", 0), ('inputs["codes"] & 15, inputs["codes"] & 15', 1)])

@@ -21,7 +21,7 @@ from vbench.claims import load_ledger
 from vbench.cli import main
 from vbench.errors import DataError, UsageError
 from vbench.fuzz import Found, Fuzz, Pool, Target, Task
-from vbench.record import ErrorStats, Outcome, Record
+from vbench.record import BROKEN_LAW, ErrorStats, Outcome, Record
 from vbench.reference.ops.fp4 import FP4_DEQUANTIZE
 from vbench.spec import Case, Frame, case_hash, size_class
 from vbench.store import RunStore, read_records
@@ -268,6 +268,12 @@ def test_quantiles_of_rounds_together_are_those_of_all_cases_to_within_a_bin(
     end = tally.at_most(part)
     assert end is not None and end - tallies.BIN - 1e-9 <= true <= end + 1e-9
     assert tally.worst == max(ratios) and sum(tally.bins.values()) == len(ratios)
+
+
+def test_each_law_is_a_kind_of_failure_of_its_own() -> None:
+    """So that shrinking one does not end at another, and ten of one do not hide the other."""
+    one, other = (replace(found(Outcome.WRONG_VALUE), fields={"metrics": {f"{BROKEN_LAW}{n}": 1.0}}) for n in "ab")
+    assert one.what == replace(one, detail="x").what != other.what
 
 
 def test_a_document_shows_the_search_and_rests_on_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:

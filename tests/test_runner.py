@@ -23,7 +23,7 @@ from vbench.judge import exit_code
 from vbench.plan import Job, plan
 from vbench.record import Outcome, Record
 from vbench.reference.ops.fp4 import FP4_DEQUANTIZE, FP4_LINEAR
-from vbench.runner import Run
+from vbench.runner import Failure, Run
 from vbench.spec import Suite
 from vbench.store import RunStore, read_records
 
@@ -95,6 +95,32 @@ def test_more_workers_where_compilation_keeps_a_gpu_waiting(
         run = Run("r1", (), {}, device, store, lambda claim: ({}, ""), 8, print)
         job = Job("check", "s", "c", "o", "b", "", "own", 1.0)
         assert run._workers_for([job] * jobs, compiles) == workers
+
+
+@pytest.mark.parametrize(("device", "timing"), [("cpu", 2), ("cuda", 0)])
+def test_workers_side_by_side_share_the_cores_and_one_alone_beside_a_gpu_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: Device, timing: int
+) -> None:
+    threads: list[int] = []
+
+    class Worker:
+        def __init__(self, info: object, place: str, log: Path, given: int) -> None:
+            threads.append(given)
+
+        def ask(self, request: dict[str, Any], deadline_s: float) -> Failure:
+            return Failure(Outcome.CRASHED, "exit_1", "")
+
+        def close(self) -> None:
+            pass
+
+        kill = end = close
+
+    monkeypatch.setattr("vbench.runner.WorkerProcess", Worker)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    jobs = [Job(kind, "s", f"c[n={kind}]", "c", "b", "", "own", 1.0) for kind in ("check", "time")]
+    with contextlib.closing(RunStore(tmp_path / "run", {})) as store:
+        Run("r1", jobs, {}, device, store, lambda claim: ({}, ""), 4, lambda record: None).execute()
+    assert threads == [2, timing]
 
 
 def _key(record: Record) -> tuple[str, str, str, str]:

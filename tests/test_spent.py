@@ -44,6 +44,12 @@ def test_a_resumed_run_adds_up_to_an_unbroken_one(kinds: list[Any], cut: int) ->
     assert spent.total(records[:cut]) + spent.total(records[cut:]) == whole
     assert sum(spent.by_backend(records).values(), spent.Spent()) == whole
     assert whole.jobs == len(records)
+    assert sum(spent.by_phase(records).values(), spent.Spent()) == whole
+    body = json.loads(json.dumps(spent.to_dict(records, {"checks": 2.0}, True)))
+    assert set(body) == {"more_where_killed"} | {"timing" if kind == "time" else "checks" for kind in kinds}
+    assert "checks" not in body or body["checks"]["wall_s"] == 2.0
+    if "timing" in body:
+        assert (body["timing"]["wall_s"], body["timing"]["rest_s"]) == (None, 6.0 * kinds.count("time"))
 
 
 def test_walls_of_all_processes_add_up_and_a_killed_one_is_said(tmp_path: Path) -> None:

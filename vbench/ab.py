@@ -234,7 +234,8 @@ class Workers:
             # Without the safe path, -m would put the current folder, and so this tree's kernels, first.
             variables = {"PYTHONPATH": import_path(tree, self._scratch), "PYTHONSAFEPATH": "1"}
         log = self._folder / f"{side}-{backend}.log"
-        return WorkerProcess(self._infos[backend], self._device, log, threads=1, variables=variables)
+        threads = 0 if self._device == "cuda" else 1
+        return WorkerProcess(self._infos[backend], self._device, log, threads, variables)
 
 
 def time_limit(limit_s: float | None, clock: Callable[[], float] = time.monotonic) -> Callable[[], bool]:

@@ -321,7 +321,8 @@ def _execute(
     code, reasons = exit_code(records, verdicts, strict=strict)
     if as_json:
         shown = {key: value for key, value in summary.items() if key not in ("pins", "claims")}
-        print(json.dumps(_summary(shown, records, verdicts, code, reasons, store.path), indent=1))
+        body = _summary(shown, records, verdicts, code, reasons, store.path)
+        print(json.dumps({**body, "time": spent.to_dict(records, *phase_walls(store.folder))}, indent=1))
         return code
     screen = report.last_screen(
         run_id=summary["run"],

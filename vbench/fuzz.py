@@ -18,7 +18,7 @@ from typing import Any
 
 from vbench.backend import Device
 from vbench.plan import DEADLINE_S, FUZZ, draw
-from vbench.record import EXCUSED, Outcome, Record
+from vbench.record import BROKEN_LAW, EXCUSED, Outcome, Record
 from vbench.registry import BackendInfo
 from vbench.runner import MOST_HANGS, START_DEADLINE_S, Failure, WorkerProcess, answered
 from vbench.shrink import shrink
@@ -181,6 +181,11 @@ class Pool:
         self._threads.shutdown()
 
 
+def _reason(reason: str, metrics: Mapping[str, float] | None) -> str:
+    """A reason code, and which law was broken where one was."""
+    return " ".join((reason, *(name for name in metrics or {} if name.startswith(BROKEN_LAW))))
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """What came of one task."""
@@ -225,8 +230,8 @@ class Found:
 
     @property
     def what(self) -> tuple[str, str, str, str]:
-        """Its kind of failure: op, variant, outcome and reason."""
-        return self.task.case.op, self.task.variant, str(self.outcome), self.reason
+        """Its kind of failure: op, variant, outcome and reason, of laws each its own."""
+        return self.task.case.op, self.task.variant, str(self.outcome), _reason(self.reason, self.fields.get("metrics"))
 
 
 def distribution(ratios: Sequence[float]) -> dict[str, float]:
@@ -289,7 +294,7 @@ class Fuzz:
             self.stored.add(r.id)
             self.records.append(r)
             if r.kind == "check":
-                self._kinds[r.case.partition("[")[0], r.variant, str(r.outcome), r.reason] += 1
+                self._kinds[r.case.partition("[")[0], r.variant, str(r.outcome), _reason(r.reason, r.metrics)] += 1
                 self._seen.add(r.case)
 
     def tasks(self, target: Target, cases: Iterable[Case]) -> list[Task]:

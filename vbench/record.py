@@ -19,6 +19,9 @@ from vbench.errors import DataError
 
 SCHEMA = 1
 
+#: Before a law's name, the metric of a check that found it broken.
+BROKEN_LAW = "broken_law."
+
 #: ``probe``: can the backend be used here. ``check``: value against oracle. ``time``: check, then timing.
 #: ``battery``: trivial kernels against the check. ``arithmetic``: a document's own figures. ``compile``: a kernel's
 #: configuration compiled ahead of time and its machine code read. ``pair``: one side of a pair of processes, blocks of

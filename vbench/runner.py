@@ -52,7 +52,7 @@ class Failure:
 
 
 class WorkerProcess:
-    """A worker, started on first use and again after it died."""
+    """A worker, started on first use and again after it died. ``threads``: torch's on the host; 0 leaves it its own."""
 
     def __init__(
         self,
@@ -264,7 +264,7 @@ class Run:
             with self._phase("timing", bool(times)):
                 # Ours first: of a run that is cut off they are worth most.
                 for name, jobs in sorted(times.items(), key=lambda item: item[1][0].role != "own"):
-                    self._backend(name, iter(jobs))
+                    self._backend(name, iter(jobs), alone=True)
         except BaseException:
             self._abort()
             raise
@@ -311,12 +311,17 @@ class Run:
             return 1
         return max(1, min(self.parallel, len(jobs) // (COMPILATIONS_A_WORKER if compiles else CHECKS_A_WORKER)))
 
-    def _backend(self, name: str, jobs: Iterator[Job], compiles: bool = False, number: int = 0) -> None:
+    def _backend(
+        self, name: str, jobs: Iterator[Job], compiles: bool = False, number: int = 0, alone: bool = False
+    ) -> None:
         """Jobs of one backend in a warm worker, until ``jobs`` is empty; several workers may take from it.
+
+        Workers side by side share the cores. One that is ``alone`` beside a GPU has them all: what it times on the host
+        (a peer's NumPy, a decomposition) is meant to use them.
 
         The first job of a shared queue is the probe, and the others wait for its record.
         """
-        threads = max(1, (os.cpu_count() or 1) // self.parallel)
+        threads = 0 if alone and self.device == "cuda" else max(1, (os.cpu_count() or 1) // self.parallel)
         probed = any(job.kind == "probe" and (job.backend, job.compiles) == (name, compiles) for job in self.jobs)
         log = self.store.folder / f"{name.replace('/', '_')}{'.compile' if compiles else ''}{number or ''}.log"
         worker = WorkerProcess(self.infos.get(name), "compile" if compiles else self.device, log, threads)

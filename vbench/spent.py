@@ -7,7 +7,8 @@ Several workers check side by side, so that the wall's are fewer; those are in t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from vbench.record import Record
 
@@ -74,19 +75,23 @@ def by_backend(records: Iterable[Record]) -> dict[tuple[str, str], Spent]:
     return dict(sorted(found.items(), key=lambda item: -item[1].total_s))
 
 
+def by_phase(records: Iterable[Record]) -> dict[str, Spent]:
+    """``checks`` (all that is not timed: probes, compilations and the trivial kernels too) and ``timing``."""
+    parts = {"checks": Spent(), "timing": Spent()}
+    for record in records:
+        parts["timing" if record.kind == "time" else "checks"] += of(record)
+    return parts
+
+
 def line(records: Iterable[Record], walls: Mapping[str, float], unfinished: bool = False) -> str:
     """One line for the last screen: checks and timing apart.
 
     Args:
-        walls: phase (``checks``, ``timing``) -> seconds by the clock on the wall, over all processes of the run.
+        walls: phase -> seconds by the clock on the wall, over all processes of the run.
         unfinished: a process of the run was killed and left no such seconds, so that there are more.
     """
-    parts: dict[str, list[Record]] = {"checks": [], "timing": []}
-    for record in records:
-        parts["timing" if record.kind == "time" else "checks"].append(record)
     texts = []
-    for name, some in parts.items():
-        spent = total(some)
+    for name, spent in by_phase(records).items():
         if not spent.jobs:
             continue
         wall = f"{walls[name]:.0f} s, {'more where killed, ' if unfinished else ''}" if name in walls else ""
@@ -94,3 +99,13 @@ def line(records: Iterable[Record], walls: Mapping[str, float], unfinished: bool
         said = ", ".join(f"{kind} {s:.0f}" for kind, s in kinds.items() if s or kind != "samples")
         texts.append(f"{name} {wall}{spent.total_s:.0f} s of workers ({said}, rest {spent.rest_s:.0f})")
     return "; ".join(texts) or "nothing ran in a worker"
+
+
+def to_dict(records: Iterable[Record], walls: Mapping[str, float], unfinished: bool) -> dict[str, Any]:
+    """JSON-ready: phase -> seconds, ``wall_s`` ``null`` where no process noted it."""
+    body: dict[str, Any] = {
+        name: {"wall_s": walls.get(name), **asdict(spent), "rest_s": spent.rest_s}
+        for name, spent in by_phase(records).items()
+        if spent.jobs
+    }
+    return {**body, "more_where_killed": unfinished}

@@ -26,7 +26,7 @@ from vbench.draws import LastDraw
 from vbench.errors import CaseError, Unsupported
 from vbench.monitor import Monitor, NoMonitor, open_monitor, peak_while
 from vbench.plan import BATTERY
-from vbench.record import Measurement, Outcome
+from vbench.record import BROKEN_LAW, Measurement, Outcome
 from vbench.roofline import case_floor_s
 from vbench.spec import Case, Expected, Law, Numerics, Op, resolve
 
@@ -430,6 +430,7 @@ class Worker:
                     invariant = needed == "batch_invariance"
                     result.outcome = Outcome.NONDETERMINISTIC if invariant else Outcome.WRONG_VALUE
                     result.reason, result.detail = needed, f"{law.name}: {found}"
+                    result.metrics = {**(result.metrics or {}), f"{BROKEN_LAW}{law.name}": 1.0}
                     return
         if "rebind" not in off:
             self._rebind(kernel, inputs, out, *other(), off, result)
@@ -677,8 +678,9 @@ def main(argv: list[str]) -> int:
     # Imported before the first job, so that no job's deadline pays for it.
     import torch
 
-    if place != "cuda":
-        torch.set_num_threads(int(os.environ.get("VBENCH_WORKER_THREADS", "1")))
+    threads = int(os.environ.get("VBENCH_WORKER_THREADS", "1"))
+    if threads:
+        torch.set_num_threads(threads)
     places: dict[str, Place] = {"cpu": "cpu", "cuda": "cuda", "compile": "compile"}
     worker = Worker(name, distribution, places[place])
     answers.write(json.dumps({"ready": True}) + "\n")
