@@ -214,7 +214,7 @@ def losses(log: list[dict[str, Any]]) -> list[float]:
 def test_the_loss_falls_and_the_bytes_are_told(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = train(base, "out", "--use-fp4", "--batch", "4", "--seq", "32", "--steps", "30")
     by_step = {r["step"]: r["loss"] for r in log if "loss" in r}
-    assert by_step[1] > 5 and by_step[30] < 2.9
+    assert by_step[1] > 5 and by_step[30] < 3.2
     told = next(r["fp4"] for r in log if "fp4" in r)
     codes, places = fp4_blocks(TINY, Workload(4, 32, fp4=True))
     assert told == {"codes_bytes": sum(codes), "masters_bytes": 4 * TINY.linear_weights, "masters_on_host": 0}
