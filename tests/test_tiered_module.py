@@ -235,6 +235,26 @@ def test_what_nobody_closed_goes_with_its_module() -> None:
     assert gone() is None
 
 
+def test_a_forward_without_a_backward_leaves_nothing_behind() -> None:
+    """Autograd saves tanh's own output: kept as it is by a hook it would hold its graph, and all that saved."""
+    module = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.scale = module, nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(weakref.ref(y := torch.tanh(self.inner(x) * self.scale)))
+            return y
+
+    seen: list[weakref.ref[Tensor]] = []
+    with tier(Whole(), budget=Budget(gpu=3100, pinned="1MiB", activations=0), device="cpu") as handle:
+        handle.module(torch.ones(2, 8))
+        gc.collect()
+        assert seen and seen[0]() is None
+
+
 def test_parameters_stay_the_same_objects_and_views() -> None:
     mine, theirs = pair()
     before = {name: (id(p), p.dtype, p.shape, p.stride(), p.requires_grad) for name, p in mine.named_parameters()}

@@ -757,7 +757,8 @@ class Tiered:
         def pack(saved: Tensor) -> Any:
             slot = self._by_address.get(saved.untyped_storage().data_ptr()) if saved.layout is torch.strided else None
             if slot is None or slot.occupant is None or saved.is_conj() or saved.is_neg():
-                return saved if outer is None else _Outer(outer[1], outer[0](saved))
+                # Detached: an operation's own output would keep the operation alive, which keeps it, for ever.
+                return saved.detach() if outer is None else _Outer(outer[1], outer[0](saved))
             unit = self._units[slot.occupant]
             return _Saved(
                 unit.index,
