@@ -28,7 +28,6 @@ from vbench.kernels.virtual.errors import CheckpointError, TrainingError
 from vbench.kernels.virtual.folder import DATA_FILE, LOG_FILE, Log, TrainingFolder
 from vbench.kernels.virtual.fp4_training import TrainedFP4Linear, install, masters_aside
 from vbench.kernels.virtual.modules import LanguageModel
-from vbench.kernels.virtual.saved import detached_saves
 from vbench.kernels.virtual.settings import Settings
 from vbench.kernels.virtual.shapes import PRESETS
 from vbench.kernels.virtual.units import show_bytes
@@ -224,7 +223,7 @@ class Trainer:
         return torch.autocast(self._device.type, dtype=torch.bfloat16)
 
     def _loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        with self._kernel(), self._context(), detached_saves(self._tiered is not None):
+        with self._kernel(), self._context():
             loss = self._model(ids, targets)
         assert isinstance(loss, Tensor)
         return loss
