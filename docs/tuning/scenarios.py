@@ -70,7 +70,9 @@ def run(name: str, options: list[str], folder: Path, data: Path) -> dict[str, An
         code = cli.main(argv)
     row: dict[str, Any] = {"name": name, "options": " ".join(options), "exit_code": code}
     row["seconds"] = time.monotonic() - start
-    row["said"] = (said if code == 0 else complained).getvalue().splitlines()[-6:]
+    # The folder is this run's only, and says where somebody keeps temporary files.
+    words = (said if code == 0 else complained).getvalue().replace(f"{folder}/", "")
+    row["said"] = words.splitlines()[-6:]
     plan = ("estimate:", "it fits", "tiers:", "fp4:")
     row["plan"] = [line for line in said.getvalue().splitlines() if line.startswith(plan)]
     if code == 0:

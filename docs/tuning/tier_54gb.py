@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(given.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    told = {name: str(value) for name, value in vars(given).items()}
+    told = {name: str(value) for name, value in vars(given).items() if name != "out"}
     report = Report(given.out, told | {"torch": str(torch.__version__)})
     weight_bytes = given.layers * given.width**2 * 2
     report.add(weight_bytes=weight_bytes)
