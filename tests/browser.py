@@ -91,7 +91,7 @@ def main() -> None:
         def interceptRequest(self, info: Any) -> None:
             asked.append(info.requestUrl().toString())
 
-    class Page(QWebEnginePage):  # type: ignore[misc]
+    class Page(QWebEnginePage):  # type: ignore[misc]  # its types are not installed
         def javaScriptConsoleMessage(self, level: Any, message: str, line: int, source: str) -> None:
             said.append(f"{message} (line {line})")
 

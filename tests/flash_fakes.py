@@ -246,6 +246,7 @@ def install(monkeypatch: pytest.MonkeyPatch, **instead: Callable[..., Any]) -> N
     )
     for module, name, own in functions:
         setattr(module, name, instead.get(own, globals()[own]))
+    # A module made here has no declared attributes.
     package.cute = cute  # type: ignore[attr-defined]
     cute.interface = interface  # type: ignore[attr-defined]
     for module in (package, cute, interface, three):

@@ -179,7 +179,7 @@ def test_a_plan_stays_within_its_budget_or_says_what_is_short(
 # --- the real loop, on a simulated card ---------------------------------------------------------------------------
 
 
-class SimulatedCard(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class SimulatedCard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types there
     """Gives every storage that operations make a block of a simulated allocator, but for what lies on the host.
 
     On the host lies what is made while ``on_host``, and what is made from nothing but that (an optimizer's states of
@@ -187,7 +187,7 @@ class SimulatedCard(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, limit_bytes: int, fatal: str = "") -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types there
         self.allocator = CachingAllocator(limit_bytes)
         self.fatal = fatal  # an operation that dies whatever is free
         self.on_host = True

@@ -89,6 +89,7 @@ class TrainedFP4Linear(nn.Module):
             if not torch.is_autocast_enabled(x.device.type):
                 raise Unsupported("x_dtype", f"x is {x.dtype}, this layer computes in {self._place.dtype}")
             x = x.to(self._place.dtype)
+        # torch gives Function.apply no types.
         y: Tensor = _StraightThrough.apply(x, self.weight, self.bias, self.decoded)  # type: ignore[no-untyped-call]
         return y
 
